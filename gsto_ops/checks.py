@@ -1,0 +1,130 @@
+"""Argument checks of the public functions: each error names the argument, what was given and what is allowed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MODES = ("bilinear", "avg", "nearest")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Size = int | Sequence[int]
+ScaleFactor = float | Sequence[float]
+
+
+def check_input(input: Tensor) -> None:
+    """``input`` is a (N, C, H, W) floating-point tensor with C, H, W > 0."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+    if input.dim() != 4:
+        raise ValueError(
+            f"input must have 4 dimensions (N, C, H, W), got {input.dim()} with shape {tuple(input.shape)}"
+        )
+    if input.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"input must be a floating-point tensor ({allowed}), got {input.dtype}")
+    if 0 in input.shape[1:]:
+        raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(input.shape)}")
+
+
+def check_parameter(
+    name: str, parameter: Tensor | None, shape: tuple[int | None, ...], input: Tensor, *, meaning: str
+) -> None:
+    """``parameter`` is None or has this shape (None: any size > 0), and the input's device and (outside autocast) dtype."""
+    if parameter is None:
+        return
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
+    given = tuple(parameter.shape)
+    fits = len(given) == len(shape) and all(
+        actual == wanted if wanted is not None else actual > 0 for actual, wanted in zip(given, shape, strict=True)
+    )
+    if not fits:
+        allowed = (
+            "("
+            + ", ".join("any" if size is None else str(size) for size in shape)
+            + ("," if len(shape) == 1 else "")
+            + ")"
+        )
+        raise ValueError(
+            f"{name} must have shape {allowed}, {meaning}, got {given} for input of shape {tuple(input.shape)}"
+        )
+    if parameter.device != input.device:
+        raise ValueError(f"{name} must be on the device of input, {input.device}, got {parameter.device}")
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {parameter.dtype}")
+    if parameter.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(
+            f"{name} must have the dtype of input, {input.dtype}, got {parameter.dtype} (or use torch.autocast)"
+        )
+
+
+def check_projection(weight: Tensor | None, bias: Tensor | None, input: Tensor) -> None:
+    if weight is None and bias is not None:
+        raise ValueError(
+            f"bias belongs to the projection: it must be None where weight is None, got shape {tuple(bias.shape)}"
+        )
+    check_parameter("weight", weight, (None, input.shape[1], 1, 1), input, meaning="(out_channels, in_channels, 1, 1)")
+    if weight is not None:
+        check_parameter("bias", bias, (weight.shape[0],), input, meaning="(out_channels,)")
+
+
+def check_mode(mode: str, align_corners: bool) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be a bool, got {align_corners!r}")
+    if align_corners and mode != "bilinear":
+        raise ValueError(f"align_corners=True is for mode='bilinear' only, got mode={mode!r}")
+
+
+def as_size(size: Size, name: str = "size") -> tuple[int, int]:
+    """(H', W') of an int or a pair of ints, all > 0."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    allowed = "a positive int or a pair of positive ints (H', W')"
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be {allowed}, got {size!r}")
+    for value in pair:
+        if isinstance(value, (bool, float)) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be {allowed}, got {size!r}")
+        if value <= 0:
+            raise ValueError(f"{name} must be {allowed}, got {size!r}")
+    return pair
+
+
+def as_scale(scale_factor: ScaleFactor, name: str = "scale_factor") -> tuple[float, float]:
+    """(scale of H, scale of W) of a number or a pair of numbers, all > 0 and finite."""
+    pair = tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
+    allowed = "a positive number or a pair of positive numbers (of H, of W)"
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be {allowed}, got {scale_factor!r}")
+    for value in pair:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {allowed}, got {scale_factor!r}")
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be {allowed}, got {scale_factor!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def output_size(
+    input: Tensor, size: Size | None, scale_factor: ScaleFactor | None
+) -> tuple[tuple[int, int], tuple[float, float] | None]:
+    """((H', W'), the scale factors if they were given) from exactly one of ``size`` and ``scale_factor``."""
+    if size is not None and scale_factor is not None:
+        raise ValueError(f"give size or scale_factor, not both: got size={size!r} and scale_factor={scale_factor!r}")
+    if size is not None:
+        return as_size(size), None
+    if scale_factor is None:
+        raise ValueError(
+            "one of size and scale_factor must be given (scale_factor=1 keeps the size), got None for both"
+        )
+    scale = as_scale(scale_factor)
+    if scale == (1.0, 1.0):
+        return (input.shape[2], input.shape[3]), None
+    height, width = (math.floor(length * factor) for length, factor in zip(input.shape[2:], scale, strict=True))
+    if height <= 0 or width <= 0:
+        raise ValueError(
+            f"scale_factor={scale_factor!r} makes an empty output of {height} x {width} from input of shape {tuple(input.shape)}"
+        )
+    return (height, width), scale

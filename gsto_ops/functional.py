@@ -1,0 +1,268 @@
+"""The public functions: arguments are checked, a backend is chosen, the operator runs."""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, checks, reference
+from .checks import ScaleFactor, Size
+from .registration import autocast_operands
+
+Mode = Literal["bilinear", "avg", "nearest"]
+
+
+@overload
+def gated_scale_transfer(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    size: Size | None = ...,
+    scale_factor: ScaleFactor | None = ...,
+    mode: Mode = ...,
+    align_corners: bool = ...,
+    return_gate: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def gated_scale_transfer(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    size: Size | None = ...,
+    scale_factor: ScaleFactor | None = ...,
+    mode: Mode = ...,
+    align_corners: bool = ...,
+    return_gate: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def gated_scale_transfer(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    size: Size | None = None,
+    scale_factor: ScaleFactor | None = None,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Unsupervised gated scale transfer (arXiv 2005.13363, Section 3.1, Eq. 1-3).
+
+    ``gate = σ(conv1x1(input, gate_weight, gate_bias))``, then ``ST(conv1x1(gate * input, weight, bias))``: gate, multiply,
+    project, resample.
+
+    Args:
+        input: (N, C, H, W), float32, float64, bfloat16 or float16, any strides. N may be 0.
+        gate_weight: (1, C, 1, 1). gate_bias: (1,) or None.
+        weight: projection (C', C, 1, 1), or None for none (then C' = C). bias: (C',) or None.
+        size: output size (H', W') or one int for both. scale_factor: multiplier of H and W, a number or a pair. Exactly one
+            of the two; ``scale_factor=1`` keeps the size (identity transfer).
+        mode: ``"bilinear"`` and ``"nearest"`` as in ``F.interpolate``, ``"avg"`` is adaptive average pooling.
+        align_corners: as in ``F.interpolate``, for ``"bilinear"`` only.
+        return_gate: also return the gate; gradients flow through it.
+
+    Returns:
+        output (N, C', H', W') in the dtype of ``input`` (autocast's dtype under autocast), channels_last where ``input`` is;
+        with ``return_gate``, (output, gate), the gate (N, 1, H, W) at the input's resolution.
+
+    Raises:
+        ValueError: shapes, sizes, devices or mode that cannot work. TypeError: wrong types or mixed dtypes.
+    """
+    checks.check_input(input)
+    checks.check_parameter(
+        "gate_weight", gate_weight, (1, input.shape[1], 1, 1), input, meaning="(1, in_channels, 1, 1)"
+    )
+    checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
+    checks.check_projection(weight, bias, input)
+    checks.check_mode(mode, align_corners)
+    out_size, scale = checks.output_size(input, size, scale_factor)
+    operands = (input, gate_weight, gate_bias, weight, bias)
+    output, gate = _outside_autocast(_gated_scale_transfer, *operands, out_size, mode, align_corners, scale)
+    return (output, gate) if return_gate else output
+
+
+def _gated_scale_transfer(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: tuple[int, int],
+    mode: str,
+    align_corners: bool,
+    scale: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    operands = (input, gate_weight, gate_bias, weight, bias)
+    if backends.select(input.device.type, input.dtype) == "reference":
+        return reference.gated_scale_transfer(*operands, size, mode, align_corners, scale)
+    return torch.ops.gsto_ops.gated_scale_transfer(*operands, size, mode, align_corners, *(scale or (None, None)))
+
+
+@overload
+def supervised_gated_scale_transfer(
+    input: Tensor,
+    class_weight: Tensor,
+    class_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    size: Size | None = ...,
+    scale_factor: ScaleFactor | None = ...,
+    mode: Mode = ...,
+    align_corners: bool = ...,
+    return_gate: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def supervised_gated_scale_transfer(
+    input: Tensor,
+    class_weight: Tensor,
+    class_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    size: Size | None = ...,
+    scale_factor: ScaleFactor | None = ...,
+    mode: Mode = ...,
+    align_corners: bool = ...,
+    return_gate: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def supervised_gated_scale_transfer(
+    input: Tensor,
+    class_weight: Tensor,
+    class_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    size: Size | None = None,
+    scale_factor: ScaleFactor | None = None,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+    return_gate: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Supervised gated scale transfer (arXiv 2005.13363, Section 3.1, Eq. 4-6).
+
+    ``class_map = conv1x1(input, class_weight, class_bias)`` is an output, so that a loss can see it;
+    ``gate = σ(conv1x1(class_map, gate_weight, gate_bias))``; the rest is :func:`gated_scale_transfer`.
+
+    Args:
+        class_weight: (c0, C, 1, 1) for c0 classes. class_bias: (c0,) or None.
+        gate_weight: (1, c0, 1, 1). gate_bias: (1,) or None.
+        others: as in :func:`gated_scale_transfer`.
+
+    Returns:
+        (output, class_map), class_map (N, c0, H, W); with ``return_gate``, (output, class_map, gate).
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_scale_transfer`.
+    """
+    checks.check_input(input)
+    checks.check_parameter(
+        "class_weight", class_weight, (None, input.shape[1], 1, 1), input, meaning="(classes, in_channels, 1, 1)"
+    )
+    classes = class_weight.shape[0]
+    checks.check_parameter("class_bias", class_bias, (classes,), input, meaning="(classes,)")
+    checks.check_parameter("gate_weight", gate_weight, (1, classes, 1, 1), input, meaning="(1, classes, 1, 1)")
+    checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
+    checks.check_projection(weight, bias, input)
+    checks.check_mode(mode, align_corners)
+    out_size, scale = checks.output_size(input, size, scale_factor)
+
+    operands = (input, class_weight, class_bias, gate_weight, gate_bias, weight, bias)
+    output, class_map, gate = _outside_autocast(
+        _supervised_gated_scale_transfer, *operands, out_size, mode, align_corners, scale
+    )
+    return (output, class_map, gate) if return_gate else (output, class_map)
+
+
+def _supervised_gated_scale_transfer(
+    input: Tensor,
+    class_weight: Tensor,
+    class_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *resampling: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    classifier = (class_weight, class_bias, gate_weight, gate_bias)
+    if backends.select(input.device.type, input.dtype) == "reference":
+        return reference.supervised_gated_scale_transfer(input, *classifier, weight, bias, *resampling)
+    class_map = F.conv2d(input, class_weight, class_bias)
+    output, gate = _gated_scale_transfer(input, *_collapse(*classifier), weight, bias, *resampling)
+    return output, class_map, gate
+
+
+def _collapse(
+    class_weight: Tensor, class_bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """θ·(W_cls F + b_c) + b = ρ·F + ρ_b with ρ = W_clsᵀθ: the gate reads the input once, not the class map again."""
+    theta = gate_weight.flatten()
+    rho = (theta @ class_weight.flatten(1))[None, :, None, None]
+    if class_bias is None:
+        return rho, gate_bias
+    rho_bias = (theta @ class_bias)[None]
+    return rho, rho_bias if gate_bias is None else rho_bias + gate_bias
+
+
+def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any:
+    """``function(input, *arguments)``; under autocast with all tensors cast once, here, to autocast's dtype.
+
+    Left to autocast, ``F.interpolate`` would run in float32: twice the traffic.
+    """
+    device_type = input.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return function(input, *arguments)
+    operands = autocast_operands(device_type, (input, *arguments))
+    with torch.autocast(device_type, enabled=False):
+        return function(*operands)
+
+
+def scale_transfer(
+    input: Tensor,
+    *,
+    size: Size | None = None,
+    scale_factor: ScaleFactor | None = None,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """ST of Eq. 3 without a gate: bilinear or nearest interpolation, or adaptive average pooling (``mode="avg"``).
+
+    Args:
+        input: (N, C, H, W), floating point. size, scale_factor, mode, align_corners: as in :func:`gated_scale_transfer`.
+
+    Returns:
+        (N, C, H', W') in the dtype of ``input``, under autocast too; ``input`` itself where the size does not change.
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_scale_transfer`.
+    """
+    checks.check_input(input)
+    checks.check_mode(mode, align_corners)
+    out_size, scale = checks.output_size(input, size, scale_factor)
+    if not torch.is_autocast_enabled(input.device.type):
+        return reference.scale_transfer(input, out_size, mode, align_corners, scale)
+    with torch.autocast(input.device.type, enabled=False):
+        return reference.scale_transfer(input, out_size, mode, align_corners, scale)

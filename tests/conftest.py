@@ -1,0 +1,21 @@
+"""Fixtures of all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with samples of the public data sets: GSTO_DATA_ROOT, or ../shared/data beside the checkout."""
+    root = Path(os.environ.get("GSTO_DATA_ROOT", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no data samples: GSTO_DATA_ROOT is not set and {root} does not exist")
+    return root

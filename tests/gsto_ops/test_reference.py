@@ -1,0 +1,135 @@
+"""The reference against a per-pixel NumPy form of Eq. 1-6, written from the definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gsto_ops import reference
+
+SIZES = [
+    ((5, 7), (5, 7)),
+    ((5, 7), (10, 14)),
+    ((5, 7), (2, 3)),
+    ((4, 8), (2, 4)),
+    ((3, 5), (7, 6)),
+    ((6, 3), (2, 9)),
+    ((1, 1), (3, 2)),
+]
+MODES = [("bilinear", False), ("bilinear", True), ("avg", False), ("nearest", False)]
+
+
+def axis_matrix(length: int, out: int, mode: str, align_corners: bool, scale: float | None = None) -> np.ndarray:
+    """The (out, length) matrix of one axis of the resampling, from the definition of each mode."""
+    matrix = np.zeros((out, length))
+    step = length / out if scale is None else 1 / scale
+    for o in range(out):
+        if mode == "avg":
+            start, end = o * length // out, math.ceil((o + 1) * length / out)
+            matrix[o, start:end] = 1 / (end - start)
+        elif mode == "nearest":
+            matrix[o, min(int(o * step), length - 1)] = 1
+        else:
+            position = max((o + 0.5) * step - 0.5, 0.0)
+            if align_corners:
+                position = o * (length - 1) / max(out - 1, 1)
+            low = min(int(position), length - 1)
+            high = min(low + 1, length - 1)
+            matrix[o, low] += 1 - (position - low)
+            matrix[o, high] += position - low
+    return matrix
+
+
+def numpy_gsto(x, rho, b, w, c, size, mode, align_corners, scale=None):
+    """Eq. 1-3 for arrays: x (N, C, H, W), rho (C,), b number, w (C', C) or None, c (C',) or None."""
+    gate = 1 / (1 + np.exp(-(np.einsum("nchw,c->nhw", x, rho) + b)))[:, None]
+    y = gate * x
+    if w is not None:
+        y = np.einsum("nchw,oc->nohw", y, w) + (0 if c is None else c[:, None, None])
+    rows = axis_matrix(x.shape[2], size[0], mode, align_corners, scale and scale[0])
+    columns = axis_matrix(x.shape[3], size[1], mode, align_corners, scale and scale[1])
+    return np.einsum("ph,qw,nohw->nopq", rows, columns, y), gate
+
+
+def operands(in_size, channels=3, out_channels=4):
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    return (
+        make(2, channels, *in_size),
+        make(1, channels, 1, 1),
+        make(1),
+        make(out_channels, channels, 1, 1),
+        make(out_channels),
+    )
+
+
+@pytest.mark.parametrize("mode, align_corners", MODES)
+@pytest.mark.parametrize("in_size, size", SIZES)
+def test_unsupervised_equals_numpy(in_size, size, mode, align_corners):
+    x, rho, b, w, c = operands(in_size)
+    expected, expected_gate = numpy_gsto(
+        x.numpy(), rho.flatten().numpy(), b.item(), w[:, :, 0, 0].numpy(), c.numpy(), size, mode, align_corners
+    )
+    output, gate = reference.gated_scale_transfer(x, rho, b, w, c, size, mode, align_corners)
+    np.testing.assert_allclose(output.numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(gate.numpy(), expected_gate, atol=1e-14)
+    expected, _ = numpy_gsto(x.numpy(), rho.flatten().numpy(), 0.0, None, None, size, mode, align_corners)
+    output, _ = reference.gated_scale_transfer(x, rho, None, None, None, size, mode, align_corners)
+    np.testing.assert_allclose(output.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_given_scale_sets_the_step(mode):
+    x, rho, b, w, c = operands((7, 9))
+    scale = (1.5, 0.7)
+    size = (10, 6)
+    arguments = (x.numpy(), rho.flatten().numpy(), b.item(), w[:, :, 0, 0].numpy(), c.numpy(), size, mode, False)
+    output, _ = reference.gated_scale_transfer(x, rho, b, w, c, size, mode, False, scale)
+    np.testing.assert_allclose(
+        output.numpy(), numpy_gsto(*arguments, scale)[0], atol=1e-6 if mode == "bilinear" else 1e-12
+    )
+    assert not np.allclose(output.numpy(), numpy_gsto(*arguments)[0])
+
+
+def test_supervised_equals_numpy():
+    x, *_ = operands((6, 4))
+    w_cls, b_cls = torch.randn(5, 3, 1, 1, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    theta, b = torch.randn(1, 5, 1, 1, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
+    output, class_map, gate = reference.supervised_gated_scale_transfer(
+        x, w_cls, b_cls, theta, b, None, None, (3, 2), "avg"
+    )
+    expected_map = np.einsum("nchw,oc->nohw", x.numpy(), w_cls[:, :, 0, 0].numpy()) + b_cls.numpy()[:, None, None]
+    expected_gate = 1 / (1 + np.exp(-(np.einsum("nchw,c->nhw", expected_map, theta.flatten().numpy()) + b.item())))
+    np.testing.assert_allclose(class_map.numpy(), expected_map, atol=1e-13)
+    np.testing.assert_allclose(gate[:, 0].numpy(), expected_gate, atol=1e-14)
+    pooled = (gate * x).reshape(2, 3, 3, 2, 2, 2).mean((3, 5))
+    np.testing.assert_allclose(output.numpy(), pooled.numpy(), atol=1e-14)
+
+
+@pytest.mark.parametrize("mode, align_corners", MODES)
+@pytest.mark.parametrize("in_size, size", SIZES)
+def test_explicit_backward_equals_autograd(in_size, size, mode, align_corners):
+    tensors = [t.requires_grad_() for t in operands(in_size)]
+    output, gate = reference.gated_scale_transfer(*tensors, size, mode, align_corners)
+    grads = torch.randn_like(output), torch.randn_like(gate)
+    expected = torch.autograd.grad((output, gate), tensors, grads)
+    with torch.no_grad():
+        actual = reference.gated_scale_transfer_backward(
+            *grads, tensors[0], gate, tensors[1], tensors[3], mode, align_corners
+        )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-12, rtol=1e-12)
+
+
+def test_identities_hold():
+    """The algebra that the kernels use, exact but for rounding (float64)."""
+    x, rho, b, w, c = operands((6, 8))
+    gate = F.conv2d(x, rho, b).sigmoid()
+    direct = F.conv2d(gate * x, w)
+    torch.testing.assert_close(direct, gate * F.conv2d(x, w))  # the gate in the projection's epilogue
+    both = F.conv2d(x, torch.cat([w, rho]))  # the gate logit as one more row of the projection
+    torch.testing.assert_close(direct, (both[:, -1:] + b.view(1, 1, 1, 1)).sigmoid() * both[:, :-1])
+    for mode, size in [("avg", (3, 4)), ("avg", (4, 3)), ("bilinear", (12, 16)), ("nearest", (12, 16))]:
+        resampled = reference.scale_transfer(F.conv2d(x, w, c), size, mode)  # projection and resampling commute
+        torch.testing.assert_close(resampled, F.conv2d(reference.scale_transfer(x, size, mode), w, c))
