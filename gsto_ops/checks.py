@@ -13,6 +13,11 @@ Size = int | Sequence[int]
 ScaleFactor = float | Sequence[float]
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether tensors of this device are under autocast; False for devices without it, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_input(input: Tensor) -> None:
     """``input`` is a (N, C, H, W) floating-point tensor with C, H, W > 0."""
     if not isinstance(input, Tensor):
@@ -54,7 +59,7 @@ def check_parameter(
         raise ValueError(f"{name} must be on the device of input, {input.device}, got {parameter.device}")
     if not parameter.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {parameter.dtype}")
-    if parameter.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if parameter.dtype != input.dtype and not autocast_enabled(input.device.type):
         raise TypeError(
             f"{name} must have the dtype of input, {input.dtype}, got {parameter.dtype} (or use torch.autocast)"
         )

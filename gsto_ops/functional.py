@@ -233,7 +233,7 @@ def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any
     Left to autocast, ``F.interpolate`` would run in float32: twice the traffic.
     """
     device_type = input.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not checks.autocast_enabled(device_type):
         return function(input, *arguments)
     operands = autocast_operands(device_type, (input, *arguments))
     with torch.autocast(device_type, enabled=False):
@@ -262,7 +262,7 @@ def scale_transfer(
     checks.check_input(input)
     checks.check_mode(mode, align_corners)
     out_size, scale = checks.output_size(input, size, scale_factor)
-    if not torch.is_autocast_enabled(input.device.type):
+    if not checks.autocast_enabled(input.device.type):
         return reference.scale_transfer(input, out_size, mode, align_corners, scale)
     with torch.autocast(input.device.type, enabled=False):
         return reference.scale_transfer(input, out_size, mode, align_corners, scale)

@@ -159,6 +159,11 @@ def test_scale_transfer():
         assert gsto_ops.scale_transfer(x.bfloat16(), scale_factor=2).dtype == torch.bfloat16
 
 
+def test_meta_tensors_give_shapes():
+    output = gsto_ops.gated_scale_transfer(**operands(device="meta"), size=(8, 9))
+    assert output.device.type == "meta" and output.shape == (2, 4, 8, 9)
+
+
 # --- bad input: each error names the argument, what was given and what is allowed ---
 
 
