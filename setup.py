@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -38,21 +38,32 @@ def why_not_native() -> str | None:
     return None
 
 
-def native_extension():
+def native_extension() -> Extension:
     import pybind11
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import include_paths, library_paths
 
-    sources = sorted(
-        str(path.relative_to(ROOT)) for pattern in ("*.cpp", "cpu/*.cpp") for path in ROOT.glob(f"csrc/{pattern}")
-    )
-    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
-    return CppExtension(
+    sources = [path for pattern in ("*.cpp", "cpu/*.cpp") for path in ROOT.glob(f"csrc/{pattern}")]
+    headers = [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")]
+    return Extension(
         "gsto_ops._C",
-        sources,
+        sorted(str(path.relative_to(ROOT)) for path in sources),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=headers,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],
+        # The stable ABI lives in these two; torch_python would tie the binary to one Python-side ABI.
+        libraries=["c10", "torch_cpu"],
+        library_dirs=library_paths(),
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-std=c++17",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+        ]
+        + [f"-isystem{path}" for path in include_paths()],  # torch's headers are not ours to warn about
+        language="c++",
     )
 
 

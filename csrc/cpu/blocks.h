@@ -1,0 +1,125 @@
+// The resampling routine: every mode, forward and (with transposed tables) backward, works through it. It makes one
+// block of the resampled map at a time, so that its rows stay in cache. Included once per instruction set.
+#pragma once
+
+namespace gsto::cpu::GSTO_ISA {
+
+// Output pixels [row0, row1) x [col0, col1) of image n.
+struct Block {
+  int64_t n, row0, row1, col0, col1;
+
+  int64_t height() const { return row1 - row0; }
+  int64_t width() const { return col1 - col0; }
+};
+
+// The blocks of a map resampled along both axes. Their size does not depend on the number of threads.
+template <class A>
+struct Blocks {
+  AxisView rows, cols;
+  int64_t batch, height, width;  // of a full block
+  int64_t per_col, per_row;
+
+  Blocks(int64_t n, const AxisView& r, const AxisView& c, int64_t channels) : rows(r), cols(c), batch(n) {
+    // Columns: 16 KiB of the wider one of input and output, for L1. Rows: an eighth, so that one image occupies many
+    // threads.
+    const int64_t pixel = padded<A>(channels) * static_cast<int64_t>(sizeof(A));
+    const int64_t shrink = most(1, cols.in / cols.out);
+    width = least(cols.out, most(16, (int64_t{16} << 10) / (pixel * shrink) / 16 * 16));
+    height = (rows.out + 7) / 8;
+    per_col = (rows.out + height - 1) / height;
+    per_row = (cols.out + width - 1) / width;
+  }
+
+  int64_t tasks() const { return batch * per_col * per_row; }
+
+  Block block(int64_t task) const {
+    const int64_t col = task % per_row * width, row = task / per_row % per_col * height;
+    return {task / per_row / per_col, row, least(rows.out, row + height), col, least(cols.out, col + width)};
+  }
+
+  // The widest run of input columns that a block needs or owns (below).
+  int64_t input_width() const {
+    int64_t widest = 0;
+    for (int64_t col = 0; col < cols.out; col += width) {
+      const int64_t last = least(cols.out, col + width);
+      widest = most(widest, most(cols.end(last - 1), owned_end(cols, last)) - owned_begin(cols, col));
+    }
+    return widest;
+  }
+
+  // Each input pixel is owned by one block, whether the resampling touches it or not.
+  static int64_t owned_begin(const AxisView& axis, int64_t first) { return first == 0 ? 0 : axis.start[first]; }
+  static int64_t owned_end(const AxisView& axis, int64_t last) { return last == axis.out ? axis.in : axis.start[last]; }
+};
+
+template <class A>
+inline void fill_pixels(A* to, int64_t size, A value) {
+  for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, Vec<A>{} + value);
+}
+
+// to = sum_t weights[t] * from[t * step] for vectors of `size` values.
+template <class A>
+inline void combine(const double* weights, int64_t taps, const A* from, int64_t step, int64_t size, A* to) {
+  if (taps == 2) {  // bilinear; nearly all the work there is
+    const A w0 = static_cast<A>(weights[0]), w1 = static_cast<A>(weights[1]);
+    for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
+    return;
+  }
+  for (int64_t c = 0; c < size; c += kLanes<A>) {
+    Vec<A> sum = {};
+    for (int64_t t = 0; t < taps; ++t) sum += static_cast<A>(weights[t]) * load(from + t * step + c);
+    store(to + c, sum);
+  }
+}
+
+// Makes the rows of a block one after the other: consume(o, pixels) gets output row o. source(i) returns input row i
+// from column cols.start[block.col0] on; it is asked once for each row that the block touches, in ascending order.
+template <class A>
+class BlockResampler {
+ public:
+  BlockResampler(const Blocks<A>& blocks, int64_t row)
+      : rows_(blocks.rows),
+        cols_(blocks.cols),
+        row_(row),
+        size_(blocks.width * row),
+        window_(2 * most(1, blocks.rows.most_taps) * size_),
+        result_(size_) {}
+
+  template <class Source, class Consume>
+  void run(const Block& block, const Source& source, const Consume& consume) const {
+    // Input rows, resampled along the columns. Twice the window: when it is full, its second half moves to its front,
+    // so the rows that one output needs are always adjacent.
+    const int64_t size = block.width() * row_, capacity = 2 * most(1, rows_.most_taps);
+    int64_t base = rows_.start[block.row0], filled = base;  // the window holds rows base .. filled - 1
+    for (int64_t o = block.row0; o < block.row1; ++o) {
+      const int64_t start = rows_.start[o], taps = rows_.offset[o + 1] - rows_.offset[o];
+      if (filled < start) base = filled = start;
+      for (; filled < start + taps; ++filled) {
+        if (filled - base == capacity) {
+          const int64_t keep = most(0, filled - start);
+          __builtin_memmove(window_.data(), window_.data() + (capacity - keep) * size,
+                            sizeof(A) * static_cast<size_t>(keep * size));
+          base = filled - keep;
+        }
+        resample_columns(block, source(filled), window_.data() + (filled - base) * size);
+      }
+      A* first = window_.data() + (start - base) * size;
+      combine(rows_.weight + rows_.offset[o], taps, first, size, size, result_.data());
+      consume(o, result_.data());
+    }
+  }
+
+ private:
+  void resample_columns(const Block& block, const A* from, A* to) const {
+    for (int64_t o = block.col0; o < block.col1; ++o, to += row_) {
+      const A* source = from + (cols_.start[o] - cols_.start[block.col0]) * row_;
+      combine(cols_.weight + cols_.offset[o], cols_.offset[o + 1] - cols_.offset[o], source, row_, row_, to);
+    }
+  }
+
+  AxisView rows_, cols_;
+  int64_t row_, size_;
+  Buffer<A> window_, result_;
+};
+
+}  // namespace gsto::cpu::GSTO_ISA

@@ -1,0 +1,211 @@
+// Tiles: runs of pixels in one internal order, whatever the tensor's layout and dtype are. A tile is [pixel][channel]
+// in the accumulate type, its channel count padded to whole vectors with zeros. Channels_last memory is copied into it,
+// NCHW memory is transposed in registers on the way, anything else is gathered. Included once per instruction set.
+#pragma once
+
+namespace gsto::cpu::GSTO_ISA {
+
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(A) + 64) / 64 * 64;
+    data_ = static_cast<A*>(aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+template <class F>
+inline void parallel_for(const Call& call, int64_t tasks, const F& f) {
+  if (tasks == 0) return;
+  const Task task = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  call.parallel_for(tasks, task, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class A>
+inline int64_t padded(int64_t channels) {
+  return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// Pixels of `channels` values that take about `kilobytes`, in whole blocks of 16.
+template <class A>
+inline int64_t tile_pixels(int64_t channels, int64_t kilobytes) {
+  return most(16, least(256, (kilobytes << 10) / (static_cast<int64_t>(sizeof(A)) * padded<A>(channels)) / 16 * 16));
+}
+
+template <class S>
+inline const S* pixel(const TensorView& t, int64_t n, int64_t h, int64_t w) {
+  return static_cast<const S*>(t.data) + n * t.stride_n + h * t.stride_h + w * t.stride_w;
+}
+template <class S>
+inline S* mutable_pixel(const TensorView& t, int64_t n, int64_t h, int64_t w) {
+  return static_cast<S*>(t.data) + n * t.stride_n + h * t.stride_h + w * t.stride_w;
+}
+
+// `count` contiguous values into whole zero-padded vectors. The last vector overlaps the one before: no partial access.
+template <class S, class A = Accumulate<S>>
+inline void load_channels(const S* from, int64_t count, A* to) {
+  constexpr int lanes = kLanes<A>;
+  if (count < lanes) {
+    store(to, load_some(from, count));
+    return;
+  }
+  int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) store(to + c, load(from + c));
+  if (c < count) {
+    store(to + c, Vec<A>{});
+    store(to + count - lanes, load(from + count - lanes));
+  }
+}
+
+template <class S, class A = Accumulate<S>>
+inline void store_channels(S* to, int64_t count, const A* from) {
+  constexpr int lanes = kLanes<A>;
+  if (count < lanes) {
+    store_some(to, load(from), count);
+    return;
+  }
+  int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) store(to + c, load(from + c));
+  if (c < count) store(to + count - lanes, load(from + count - lanes));
+}
+
+// Calls f(first, valid) for blocks of `lanes` pixels that cover [0, count); the last block overlaps the one before it,
+// unless there is one block only, and that may be partial.
+template <class A, class F>
+inline void for_blocks(int64_t count, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t p = 0; p < count; p += lanes) {
+    const int64_t first = p + lanes <= count ? p : most(0, count - lanes);
+    f(first, least(lanes, count - first));
+  }
+}
+
+// Pixels (n, :, h, w .. w + count - 1) into a tile.
+template <class S, class A = Accumulate<S>>
+inline void load_pixels(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
+                        A* tile) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t row = padded<A>(channels), stride_c = t.stride_c, stride_w = t.stride_w;
+  const S* from = pixel<S>(t, n, h, w);
+  if (stride_c == 1 && stride_w == row && channels == row) {
+    load_channels(from, count * row, tile);  // nothing to pad: one run
+  } else if (stride_c == 1) {
+    for (int64_t p = 0; p < count; ++p) load_channels(from + p * stride_w, channels, tile + p * row);
+  } else if (stride_w == 1) {
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int64_t present = least(lanes, channels - c);
+      for_blocks<A>(count, [=](int64_t first, int64_t valid) {
+        const S* planes = from + c * stride_c + first;
+        Vec<A> block[lanes];
+        if (valid == lanes && present == lanes) {  // constant bounds keep the block in registers
+          for (int64_t i = 0; i < lanes; ++i) block[i] = load(planes + i * stride_c);
+        } else {
+          for (int64_t i = 0; i < lanes; ++i) block[i] = load_some(planes + i * stride_c, i < present ? valid : 0);
+        }
+        transpose<A>(block);
+        A* to = tile + first * row + c;
+        for (int64_t i = 0; i < valid; ++i) store(to + i * row, block[i]);
+      });
+    }
+  } else {
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t c = 0; c < channels; c += lanes) {
+        const S* values = from + p * stride_w + c * stride_c;
+        store(tile + p * row + c, load_some(values, least(lanes, channels - c), stride_c));
+      }
+    }
+  }
+}
+
+// The inverse, into memory that is channels_last (stride_c == 1) or NCHW (stride_w == 1).
+template <class S, class A = Accumulate<S>>
+inline void store_pixels(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
+                         const A* tile) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t row = padded<A>(channels), stride_c = t.stride_c, stride_w = t.stride_w;
+  S* to = mutable_pixel<S>(t, n, h, w);
+  if (stride_c == 1 && stride_w == row && channels == row) {
+    store_channels(to, count * row, tile);
+    return;
+  }
+  if (stride_c == 1) {
+    for (int64_t p = 0; p < count; ++p) store_channels(to + p * stride_w, channels, tile + p * row);
+    return;
+  }
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int64_t present = least(lanes, channels - c);
+    for_blocks<A>(count, [=](int64_t first, int64_t valid) {
+      const A* from = tile + first * row + c;
+      S* planes = to + c * stride_c + first;
+      Vec<A> block[lanes];
+      for (int64_t i = 0; i < lanes; ++i) block[i] = i < valid ? load(from + i * row) : Vec<A>{};
+      transpose<A>(block);
+      if (valid == lanes && present == lanes) {
+        for (int64_t i = 0; i < lanes; ++i) store(planes + i * stride_c, block[i]);
+      } else {
+        for (int64_t i = 0; i < present; ++i) store_some(planes + i * stride_c, block[i], valid);
+      }
+    });
+  }
+}
+
+// One value per pixel (the gate and its gradient), any strides.
+template <class S, class A = Accumulate<S>>
+inline void load_scalars(const TensorView& t, int64_t n, int64_t h, int64_t w, int64_t count, A* values) {
+  const S* from = pixel<S>(t, n, h, w);
+  for_blocks<A>(count, [&](int64_t first, int64_t valid) {
+    const bool whole = t.stride_w == 1 && valid == kLanes<A>;
+    const Vec<A> v = whole ? load(from + first) : load_some(from + first * t.stride_w, valid, t.stride_w);
+    for (int64_t i = 0; i < valid; ++i) values[first + i] = v[i];
+  });
+}
+
+// dots[p] = a[p] . b[p] over the channels; b_row == 0 takes the same b for every pixel.
+template <class A>
+inline void dot_pixels(const A* a, const A* b, int64_t b_row, int64_t row, int64_t count, A* dots) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t p = 0;
+  for (; p + lanes <= count; p += lanes) {
+    Vec<A> sums[lanes];
+    for (int64_t i = 0; i < lanes; ++i) sums[i] = load(a + (p + i) * row) * load(b + (p + i) * b_row);
+    for (int64_t c = lanes; c < row; c += lanes)
+      for (int64_t i = 0; i < lanes; ++i) sums[i] += load(a + (p + i) * row + c) * load(b + (p + i) * b_row + c);
+    transpose<A>(sums);
+    for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
+    store(dots + p, sums[0]);
+  }
+  for (; p < count; ++p) {
+    Vec<A> sum = {};
+    for (int64_t c = 0; c < row; c += lanes) sum += load(a + p * row + c) * load(b + p * b_row + c);
+    dots[p] = sum_lanes<A>(sum);
+  }
+}
+
+template <class A>
+inline void scale_pixels(A* tile, const A* factors, int64_t row, int64_t count) {
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t c = 0; c < row; c += kLanes<A>) store(tile + p * row + c, load(tile + p * row + c) * factors[p]);
+}
+
+// The tile's column sums, added to sums.
+template <class A>
+inline void add_pixels(const A* tile, int64_t row, int64_t count, A* sums) {
+  for (int64_t c = 0; c < row; c += kLanes<A>) {
+    Vec<A> sum = load(sums + c);
+    for (int64_t p = 0; p < count; ++p) sum += load(tile + p * row + c);
+    store(sums + c, sum);
+  }
+}
+
+}  // namespace gsto::cpu::GSTO_ISA

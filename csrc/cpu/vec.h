@@ -1,0 +1,160 @@
+// Vectors of the instruction set that this file is compiled for (GCC vector extensions), and the storage types' loads
+// and stores through them. Included once per instruction set, inside that set's namespace and after all other headers.
+#pragma once
+
+namespace gsto::cpu::GSTO_ISA {
+
+constexpr int kVectorBytes = GSTO_VECTOR_BYTES;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float Value __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Vectors<double> {
+  typedef double Value __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+using Vec = typename Vectors<A>::Value;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+// The type in which a storage type is computed.
+template <class S>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class S>
+using Accumulate = typename AccumulateOf<S>::type;
+
+template <class V, class T>
+inline V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class T, class V>
+inline void store_raw(T* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline Vec<float> decode_half(Bits h) {
+  const Bits magnitude = h & 0x7fff;
+  Bits bits = (magnitude << 13) + (112u << 23);
+  bits = magnitude >= 0x7c00 ? bits + (112u << 23) : bits;  // infinities and NaNs
+  const Bits subnormal = bit_cast<Bits>(__builtin_convertvector(magnitude, Vec<float>) * 0x1p-24f);
+  bits = magnitude < 0x0400 ? subnormal : bits;
+  return bit_cast<Vec<float>>(bits | (h & 0x8000) << 16);
+}
+
+// Rounds to nearest even, as the hardware does.
+inline Bits encode_half(Vec<float> v) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits magnitude = bits & 0x7fffffff;
+  Bits h = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112u << 10);
+  // Adding 0.5 leaves the multiple of 2^-24 in the low bits: subnormals are those multiples.
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  h = magnitude < 0x38800000u ? subnormal : h;
+  h = magnitude >= 0x477ff000u ? Bits{} + 0x7c00 : h;
+  h = magnitude > 0x7f800000u ? Bits{} + 0x7e00 : h;
+  return h | ((bits >> 16) & 0x8000);
+}
+
+inline Bits encode_bfloat16(Vec<float> v) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000u ? Bits{} + 0x7fc0 : rounded;
+}
+
+// One vector of accumulate-type values from / to contiguous storage.
+inline Vec<float> load(const float* p) { return load_raw<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+inline Vec<float> load(const BFloat16* p) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<HalfBits>(p), Bits) << 16);
+}
+inline Vec<float> load(const Float16* p) { return decode_half(__builtin_convertvector(load_raw<HalfBits>(p), Bits)); }
+
+inline void store(float* p, Vec<float> v) { store_raw(p, v); }
+inline void store(double* p, Vec<double> v) { store_raw(p, v); }
+inline void store(BFloat16* p, Vec<float> v) { store_raw(p, __builtin_convertvector(encode_bfloat16(v), HalfBits)); }
+inline void store(Float16* p, Vec<float> v) { store_raw(p, __builtin_convertvector(encode_half(v), HalfBits)); }
+
+// The first n < lanes values (the other lanes are zero), stride elements apart.
+template <class S>
+inline Vec<Accumulate<S>> load_some(const S* p, int64_t n, int64_t stride = 1) {
+  S buffer[kLanes<Accumulate<S>>] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
+  return load(buffer);
+}
+
+template <class S>
+inline void store_some(S* p, Vec<Accumulate<S>> v, int64_t n) {
+  S buffer[kLanes<Accumulate<S>>];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+template <class A>
+inline A sum_lanes(Vec<A> v) {
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
+// Lanes a0 b0 a1 b1 ...: of the lower halves of a and b, or of the upper halves.
+template <class A, int... I>
+inline Vec<A> interleave(Vec<A> a, Vec<A> b, int half, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+#ifdef __clang__
+  return half == 0 ? __builtin_shufflevector(a, b, (I / 2 + I % 2 * lanes)...)
+                   : __builtin_shufflevector(a, b, (I / 2 + I % 2 * lanes + lanes / 2)...);
+#else
+  using Mask = typename Vectors<A>::Mask;
+  return half == 0 ? __builtin_shuffle(a, b, Mask{(I / 2 + I % 2 * lanes)...})
+                   : __builtin_shuffle(a, b, Mask{(I / 2 + I % 2 * lanes + lanes / 2)...});
+#endif
+}
+
+// Transposes the square of lanes x lanes values: log2(lanes) perfect shuffles of its rows.
+template <class A>
+inline void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  constexpr auto lane_numbers = std::make_integer_sequence<int, lanes>();
+  for (int step = 1; step < lanes; step *= 2) {
+    Vec<A> next[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave<A>(rows[i], rows[i + lanes / 2], 0, lane_numbers);
+      next[2 * i + 1] = interleave<A>(rows[i], rows[i + lanes / 2], 1, lane_numbers);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace gsto::cpu::GSTO_ISA
