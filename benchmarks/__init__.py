@@ -1,0 +1,1 @@
+"""Runs that train and measure the networks: the `gsto` command line, trainers and benchmarks."""

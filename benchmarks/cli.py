@@ -1,0 +1,127 @@
+"""The `gsto` command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import gsto_ops.backends
+
+CONFIGS = Path(__file__).parent / "segmentation" / "configs"
+COMMANDS = {
+    "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
+    "fit": "train: gsto fit -c CONFIG [--key value ...]",
+    "validate": "evaluate: gsto validate -c CONFIG --ckpt_path FILE [--key value ...]",
+    "info": "what is built, what will run here, and why",
+}
+
+
+class UsageError(ValueError):
+    """The command line cannot be followed; the message says what is allowed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after one line about a wrong command or bad data."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else ""
+    if command in ("", "-h", "--help"):
+        print(_help())
+        return 0 if command else 2
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"gsto: no such command: {command!r}{hint}\n\n{_help()}", file=sys.stderr)
+        return 2
+    if command == "info":
+        argparse.ArgumentParser(prog="gsto info", description=COMMANDS["info"]).parse_args(argv[1:])
+        print(gsto_ops.backends.report())
+        return 0
+    if importlib.util.find_spec("lightning") is None:
+        print(f"gsto: {command} needs the trainers: pip install 'gsto_ops[train]'", file=sys.stderr)
+        return 2
+    # the trainers are imported only where they are used: `gsto info` and the help work without them, and at once
+    from .segmentation import DataError
+
+    try:
+        if command == "demo":
+            _demo(argv[1:])
+        else:
+            from .training import run_cli
+
+            run_cli(resolve_config_names(argv))
+    except (DataError, UsageError) as error:
+        print(f"gsto: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that `-c NAME` finds: name -> YAML file."""
+    return {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def resolve_config_names(argv: Sequence[str]) -> list[str]:
+    """Replace shipped names behind `-c` or `--config` by their files; a path to a file stays.
+
+    Raises:
+        UsageError: neither a shipped name nor a file.
+    """
+    resolved, after_flag = [], False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if after_flag:
+            resolved.append(_config_file(word))
+        elif equals and flag in ("-c", "--config"):
+            resolved += ["--config", _config_file(value)]
+        else:
+            resolved.append(word)
+        after_flag = not after_flag and word in ("-c", "--config")
+    return resolved
+
+
+def _config_file(name: str) -> str:
+    shipped = shipped_configs()
+    if name in shipped:
+        return str(shipped[name])
+    if not Path(name).is_file():
+        raise UsageError(f"-c {name}: neither a file nor a shipped configuration (shipped: {', '.join(shipped)})")
+    return name
+
+
+def _help() -> str:
+    lines = ["usage: gsto COMMAND [options]      (gsto COMMAND --help tells more)", ""]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", f"shipped configurations for -c: {', '.join(shipped_configs())}"])
+
+
+def _demo(argv: list[str]) -> None:
+    from .demo import DemoOptions, run_demo
+
+    default = DemoOptions()
+    parser = argparse.ArgumentParser(prog="gsto demo", description=COMMANDS["demo"], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=default.out, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=default.epochs, help="default: %(default)s")
+    parser.add_argument("--scenes", type=_positive, default=default.scenes, help="for training (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_natural, default=default.seed, help="of scenes and weights (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    run_demo(DemoOptions(**vars(parser.parse_args(argv))))
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, low: int) -> int:
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {low}, got {text!r}")
+    return int(text)
