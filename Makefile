@@ -6,9 +6,9 @@ TORCH ?= torch>=2.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test gpu gpu-sanitize cuda-check cuda-build lint format wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/gsto demo
@@ -16,6 +16,41 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m gsto_ops
 	$(BIN)/python -m pytest
+
+# One call for a machine with an NVIDIA GPU and a CUDA toolkit: build, GPU tests, kernel table in runs/bench/. It installs into
+# the environment of GPU_PYTHON, whose torch is the one to measure; nothing is downloaded.
+GPU_PYTHON ?= python3
+gpu:
+	GSTO_BUILD_NATIVE=cuda $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m gsto_ops
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m gsto_benchmarks.kernels.gpu
+
+# The GPU sweep under compute-sanitizer; slow, so on one shape.
+gpu-sanitize:
+	for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(GPU_PYTHON) -m pytest -m gpu tests/gsto_ops/test_sweep.py -k "cuda and shape3" || exit 1; \
+	done
+
+# Needs nvcc, not a GPU: compiles every CUDA kernel for sm_80 and sm_90, warnings being errors, and fails on spills.
+cuda-check: $(INSTALLED)
+	$(BIN)/python tests/cuda_resources.py
+
+# Needs a CUDA toolkit, not a GPU: builds, links and imports the whole extension against a CUDA build of torch.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.12.1
+cuda-build: $(CUDA_VENV)/.torch
+	rm -rf build
+	GSTO_BUILD_NATIVE=cuda $(CUDA_VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps -w $(CUDA_VENV)/wheel .
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps --force-reinstall $(CUDA_VENV)/wheel/*.whl
+	cd $(CUDA_VENV) && bin/python -m gsto_ops
+	cd $(CUDA_VENV) && bin/python $(abspath tests/check_registration.py)
+
+$(CUDA_VENV)/.torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet "$(CUDA_TORCH)" numpy "setuptools>=77" ninja "pybind11>=3.0"
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -1,13 +1,16 @@
-"""Builds the native part of gsto_ops; everything else about the package is declared in pyproject.toml.
+"""Builds the native parts of gsto_ops; everything else about the package is declared in pyproject.toml.
 
-``GSTO_BUILD_NATIVE``: ``auto`` (default) builds the C++ operators when torch, pybind11 and a compiler are there, and says
-what it skipped and why; ``1`` makes a missing prerequisite an error; ``0`` installs pure Python. A compilation that fails
-is always an error.
+``GSTO_BUILD_NATIVE``: ``auto`` (default) builds the C++ operators when torch, pybind11 and a compiler are there, and the CUDA
+operators when torch is a CUDA build and a toolkit of its major version is there, and says what it skipped and why; ``1`` makes
+a missing C++ prerequisite an error, ``cuda`` a missing CUDA one too; ``0`` installs pure Python. A compilation that fails is
+always an error. ``TORCH_CUDA_ARCH_LIST`` chooses the GPU architectures (default 8.0;9.0+PTX).
 """
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,51 +41,97 @@ def why_not_native() -> str | None:
     return None
 
 
-def native_extension() -> Extension:
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or where nvcc is, or /usr/local/cuda; only if its headers are there."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(c) for c in candidates if c and (Path(c) / "include" / "cuda_runtime.h").exists()), None)
+
+
+def why_not_cuda() -> str | None:
+    """The reason for which the CUDA operators cannot be built here, or None when they can. No GPU is needed."""
+    if reason := why_not_native():
+        return reason
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    home = cuda_home()
+    if home is None:
+        return "no CUDA toolkit: set CUDA_HOME"
+    printed = subprocess.run(
+        [str(home / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    toolkit = re.search(r"release (\d+\.\d+)", printed)
+    if toolkit is None or toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        found = toolkit and toolkit[1]
+        return f"the CUDA toolkit in {home} is {found}, and torch {torch.__version__} is built for {torch.version.cuda}"
+    return None
+
+
+def extension(name: str, sources: list[Path], *, cuda: bool = False) -> Extension:
+    """One module on torch's stable ABI. torch_python is not linked: it would tie the binary to one release."""
     import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    sources = [path for pattern in ("*.cpp", "cpu/*.cpp") for path in ROOT.glob(f"csrc/{pattern}")]
-    headers = [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")]
+    headers = include_paths(device_type="cuda") if cuda else include_paths()
+    common = [
+        "-O3",
+        "-std=c++17",
+        *(f"-isystem{path}" for path in headers),
+    ]  # torch's headers are not ours to warn about
+    arguments = {"cxx": [*common, "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]}
+    if cuda:
+        arguments["nvcc"] = [*common, "-Werror", "all-warnings", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"]
     return Extension(
-        "gsto_ops._C",
+        name,
         sorted(str(path.relative_to(ROOT)) for path in sources),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=headers,
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        # The stable ABI lives in these two; torch_python would tie the binary to one Python-side ABI.
-        libraries=["c10", "torch_cpu"],
-        library_dirs=library_paths(),
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-std=c++17",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-unknown-pragmas",
-        ]
-        + [f"-isystem{path}" for path in include_paths()],  # torch's headers are not ours to warn about
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), *([("USE_CUDA", None)] if cuda else [])],
+        libraries=["c10", "torch_cpu", *(["c10_cuda", "torch_cuda", "cudart"] if cuda else [])],
+        library_dirs=library_paths(device_type="cuda") if cuda else library_paths(),
+        extra_compile_args=arguments,
         language="c++",
     )
 
 
+def extensions(build_cpu: bool, build_cuda: bool) -> list[Extension]:
+    found = []
+    if build_cpu:
+        found.append(extension("gsto_ops._C", [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]))
+    if build_cuda:
+        # A module of its own: it needs torch's CUDA libraries, and gsto_ops._C has to load without them.
+        sources = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
+        found.append(extension("gsto_ops._CUDA", [p for p in sources if p.name != "emulator.cpp"], cuda=True))
+    return found
+
+
 def main() -> None:
     mode = os.environ.get("GSTO_BUILD_NATIVE", "auto")
-    if mode not in ("auto", "0", "1"):
-        sys.exit(f"GSTO_BUILD_NATIVE must be auto, 0 or 1, got {mode!r}")
-    reason = why_not_native()
-    if mode == "1" and reason:
-        sys.exit(f"GSTO_BUILD_NATIVE=1 but the C++ operators cannot be built: {reason}")
+    if mode not in ("auto", "0", "1", "cuda"):
+        sys.exit(f"GSTO_BUILD_NATIVE must be auto, 0, 1 or cuda, got {mode!r}")
+    if home := cuda_home():
+        os.environ["CUDA_HOME"] = str(
+            home
+        )  # torch.utils.cpp_extension looks for nvcc only and can be misled by a wrapper
+    no_cpu, no_cuda = why_not_native(), why_not_cuda()
+    if mode in ("1", "cuda") and no_cpu:
+        sys.exit(f"GSTO_BUILD_NATIVE={mode} but the C++ operators cannot be built: {no_cpu}")
+    if mode == "cuda" and no_cuda:
+        sys.exit(f"GSTO_BUILD_NATIVE=cuda but the CUDA operators cannot be built: {no_cuda}")
 
-    record = {"cpu": f"skipped: {reason}" if reason else "built", "cuda": "skipped: this version has no CUDA sources"}
+    record = {"cpu": f"skipped: {no_cpu}" if no_cpu else "built", "cuda": f"skipped: {no_cuda}" if no_cuda else "built"}
     commands = {}
-    if not reason:
+    if not no_cpu:
         import torch
         from torch.utils.cpp_extension import BuildExtension
 
         record["torch"] = torch.__version__
         commands["build_ext"] = BuildExtension
+    if not no_cuda:
+        # sm_80 and sm_90 machine code, and PTX that the driver compiles for anything newer.
+        record["cuda architectures"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
     class BuildPy(build_py):
         """Leaves the record of this build inside the package, where ``python -m gsto_ops`` reads it."""
@@ -94,7 +143,7 @@ def main() -> None:
             for part, state in record.items():
                 print(f"gsto_ops build: {part}: {state}", file=sys.stderr)
 
-    setup(ext_modules=[] if reason else [native_extension()], cmdclass={"build_py": BuildPy, **commands})
+    setup(ext_modules=extensions(not no_cpu, not no_cuda), cmdclass={"build_py": BuildPy, **commands})
 
 
 main()

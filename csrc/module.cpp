@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cuda/plan_bindings.h"
 
 namespace py = pybind11;
 
@@ -39,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
         "How this extension was compiled, and the instruction set that its CPU kernels use.");
   m.def("use_instruction_set", &gsto::cpu::choose_kernels, py::arg("name"),
         "Makes the CPU kernels use one of build_info()['instruction_sets_here']; ValueError for any other name.");
+  gsto::cuda::bind_plans(m);
 }

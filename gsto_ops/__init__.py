@@ -8,13 +8,28 @@ from importlib.metadata import version
 
 from . import reference
 from .backends import available_backends, use_backend
-from .functional import gated_scale_transfer, scale_transfer, supervised_gated_scale_transfer
-from .modules import GatedScaleTransfer
+from .convert import convert
+from .convert_graph import ConversionReport
+from .functional import (
+    affine_scale_transfer,
+    gated_projection,
+    gated_pyramid_pool,
+    gated_scale_transfer,
+    scale_transfer,
+    supervised_gated_scale_transfer,
+)
+from .modules import GatedScaleTransfer, gated_norm_transfer
 
 __version__ = version("gsto_ops")
 __all__ = [
+    "ConversionReport",
     "GatedScaleTransfer",
+    "affine_scale_transfer",
     "available_backends",
+    "convert",
+    "gated_norm_transfer",
+    "gated_projection",
+    "gated_pyramid_pool",
     "gated_scale_transfer",
     "reference",
     "scale_transfer",

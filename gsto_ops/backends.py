@@ -1,10 +1,12 @@
 """Which implementation runs a call, and why: ``available_backends``, ``use_backend``, ``report``.
 
-Backends: ``cpu`` (the compiled C++ kernels), ``cuda`` and ``triton`` (not in this version), ``reference`` (plain PyTorch,
-any device). ``auto`` takes the first one that can run the call.
+Backends: ``cuda`` and ``cpu`` (the compiled CUDA and C++ kernels), ``triton`` (kernels that Triton compiles at the first
+call), ``reference`` (plain PyTorch, any device). ``auto`` takes the first one that can run the call.
 """
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -14,38 +16,89 @@ from types import ModuleType
 
 import torch
 
-from . import registration  # noqa: F401  (the operators must be defined before the extension adds kernels to them)
+from . import ops  # noqa: F401  (the operators must be defined before the extension adds kernels to them)
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None]:
+def _load_extension(name: str, backend: str) -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why it is not there). A built extension that does not load is a broken install: it warns."""
     try:
-        return importlib.import_module("gsto_ops._C"), None
+        return importlib.import_module(name), None
     except ModuleNotFoundError as error:
-        if error.name != "gsto_ops._C":
+        if error.name != name:
             raise
         record = Path(__file__).with_name("_build.json")
         build = json.loads(record.read_text()) if record.exists() else {}
-        return None, f"the C++ extension is not built ({build.get('cpu', 'no record of a build')})"
+        return None, f"{name} is not built ({build.get(backend, 'no record of a build')})"
     except ImportError as error:
-        reason = f"the C++ extension does not load: {error}"
+        reason = f"{name} does not load: {error}"
         warnings.warn(f"gsto_ops: {reason}. The reference runs instead; reinstall to mend this.", stacklevel=2)
         return None, reason
 
 
-_extension, _no_extension = _load_extension()
+_extension, _no_extension = _load_extension("gsto_ops._C", "cpu")
+_cuda_extension, _no_cuda_extension = (
+    (None, f"torch {torch.__version__} is a build without CUDA")
+    if torch.version.cuda is None
+    else _load_extension("gsto_ops._CUDA", "cuda")
+)
 
 
-def why_not(backend: str) -> str | None:
-    """The reason for which ``backend`` cannot run on this machine, or None when it can."""
+@torch.compiler.assume_constant_result
+def _why_not_gpu(index: int | None) -> str | None:
+    """The reason for which this GPU (None: the current one) cannot run the kernels, or None when it can."""
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible"
+    if torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return f"{name} is older than compute capability {'.'.join(str(n) for n in MIN_CAPABILITY)}"
+    return None
+
+
+def _find_triton() -> str | None:
+    """The reason for which the Triton kernels cannot run in this environment, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    installed = importlib.metadata.version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) < MIN_TRITON:
+        return f"triton {installed} is older than {'.'.join(str(n) for n in MIN_TRITON)}"
+    return None
+
+
+_no_triton = _find_triton()
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = {"cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda", "cpu": "cpu"}
+
+
+def why_not(backend: str, index: int | None = None) -> str | None:
+    """The reason for which ``backend`` cannot run on this machine (on its GPU ``index``), or None when it can."""
     if backend == "reference":
         return None
     if backend == "cpu":
         return _no_extension
-    return "this version has no kernels for it"
+    missing = _no_cuda_extension if backend == "cuda" else _no_triton
+    if missing is not None or (backend == "triton" and _INTERPRETED):
+        return missing
+    return _why_not_gpu(index)
+
+
+def why_not_call(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason for which ``backend`` cannot take a call on tensors of this device and dtype, or None when it can."""
+    if backend == "reference":
+        return None
+    if device.type != DEVICES[backend]:
+        return f"it takes tensors on {DEVICES[backend]!r}, not on {device.type!r}"
+    if dtype not in DTYPES[backend]:
+        return f"it takes {', '.join(str(d) for d in DTYPES[backend])}, not {dtype}"
+    return why_not(backend, device.index)
 
 
 def available_backends() -> list[str]:
@@ -88,16 +141,12 @@ class use_backend:
         _selected = self.previous
 
 
-def select(device_type: str, dtype: torch.dtype) -> str:
-    """The backend for a call on tensors of this device and dtype. RuntimeError when the one that was asked for cannot take it."""
-    native = _extension is not None and device_type == "cpu" and dtype in CPU_DTYPES
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for a call on tensors of this device and dtype. RuntimeError when the chosen one cannot take it."""
     if _selected == "auto":
-        return "cpu" if native else "reference"
-    if _selected == "cpu" and not native:
-        raise RuntimeError(
-            f"backend 'cpu' was asked for, but the call has {dtype} tensors on {device_type!r}; it takes "
-            f"{', '.join(str(d) for d in CPU_DTYPES)} on 'cpu'"
-        )
+        return next(backend for backend in BACKENDS if why_not_call(backend, device, dtype) is None)
+    if reason := why_not_call(_selected, device, dtype):
+        raise RuntimeError(f"backend {_selected!r} was asked for but cannot take this call: {reason}")
     return _selected
 
 
@@ -115,7 +164,7 @@ def report() -> str:
         lines.append("C++ extension:")
         lines += [f"  {key}: {value}" for key, value in _extension.build_info().items()]
     lines.append(f"selected: {_selected} (GSTO_BACKEND or gsto_ops.use_backend)")
-    cpu, gpu = ("reference" if why_not(b) else b for b in ("cpu", "cuda"))
     if _selected == "auto":
+        cpu, gpu = (select(torch.device(device), torch.float32) for device in ("cpu", "cuda"))
         lines.append(f"CPU tensors run on: {cpu}; GPU tensors run on: {gpu}")
     return "\n".join(lines)

@@ -34,9 +34,18 @@ def check_input(input: Tensor) -> None:
 
 
 def check_parameter(
-    name: str, parameter: Tensor | None, shape: tuple[int | None, ...], input: Tensor, *, meaning: str
+    name: str,
+    parameter: Tensor | None,
+    shape: tuple[int | None, ...],
+    input: Tensor,
+    *,
+    meaning: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """``parameter`` is None or has this shape (None: any size > 0), and the input's device and (outside autocast) dtype."""
+    """``parameter`` is None or has this shape (None: any size > 0), the input's device, and this dtype.
+
+    Without ``dtype`` it must have the input's dtype, except under autocast, which casts both.
+    """
     if parameter is None:
         return
     if not isinstance(parameter, Tensor):
@@ -46,12 +55,8 @@ def check_parameter(
         actual == wanted if wanted is not None else actual > 0 for actual, wanted in zip(given, shape, strict=True)
     )
     if not fits:
-        allowed = (
-            "("
-            + ", ".join("any" if size is None else str(size) for size in shape)
-            + ("," if len(shape) == 1 else "")
-            + ")"
-        )
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        allowed = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
         raise ValueError(
             f"{name} must have shape {allowed}, {meaning}, got {given} for input of shape {tuple(input.shape)}"
         )
@@ -59,7 +64,10 @@ def check_parameter(
         raise ValueError(f"{name} must be on the device of input, {input.device}, got {parameter.device}")
     if not parameter.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {parameter.dtype}")
-    if parameter.dtype != input.dtype and not autocast_enabled(input.device.type):
+    if dtype is not None:
+        if parameter.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} where input is {input.dtype}, got {parameter.dtype}")
+    elif parameter.dtype != input.dtype and not autocast_enabled(input.device.type):
         raise TypeError(
             f"{name} must have the dtype of input, {input.dtype}, got {parameter.dtype} (or use torch.autocast)"
         )
@@ -82,6 +90,13 @@ def check_mode(mode: str, align_corners: bool) -> None:
         raise TypeError(f"align_corners must be a bool, got {align_corners!r}")
     if align_corners and mode != "bilinear":
         raise ValueError(f"align_corners=True is for mode='bilinear' only, got mode={mode!r}")
+
+
+def check_activation(activation: str | None) -> str:
+    """The operators' name for it: "none" or "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation must be 'relu' or None, got {activation!r}")
+    return activation or "none"
 
 
 def as_size(size: Size, name: str = "size") -> tuple[int, int]:

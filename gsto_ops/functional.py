@@ -1,6 +1,6 @@
 """The public functions: arguments are checked, a backend is chosen, the operator runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from . import backends, checks, reference
 from .checks import ScaleFactor, Size
-from .registration import autocast_operands
+from .ops import autocast_operands
 
 Mode = Literal["bilinear", "avg", "nearest"]
+Activation = Literal["relu"] | None
+MAX_CUDA_BIN = 128  # cells per axis that the CUDA kernels have tables for; pyramids in use stop at 6
 
 
 @overload
@@ -22,6 +24,7 @@ def gated_scale_transfer(
     weight: Tensor | None = ...,
     bias: Tensor | None = ...,
     *,
+    activation: Activation = ...,
     size: Size | None = ...,
     scale_factor: ScaleFactor | None = ...,
     mode: Mode = ...,
@@ -38,6 +41,7 @@ def gated_scale_transfer(
     weight: Tensor | None = ...,
     bias: Tensor | None = ...,
     *,
+    activation: Activation = ...,
     size: Size | None = ...,
     scale_factor: ScaleFactor | None = ...,
     mode: Mode = ...,
@@ -53,6 +57,7 @@ def gated_scale_transfer(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    activation: Activation = None,
     size: Size | None = None,
     scale_factor: ScaleFactor | None = None,
     mode: Mode = "bilinear",
@@ -61,13 +66,14 @@ def gated_scale_transfer(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Unsupervised gated scale transfer (arXiv 2005.13363, Section 3.1, Eq. 1-3).
 
-    ``gate = σ(conv1x1(input, gate_weight, gate_bias))``, then ``ST(conv1x1(gate * input, weight, bias))``: gate, multiply,
-    project, resample.
+    ``gate = σ(conv1x1(input, gate_weight, gate_bias))``, then ``ST(act(conv1x1(gate * input, weight, bias)))``: gate,
+    multiply, project, resample. A batch norm in eval mode folds into ``weight`` and ``bias``.
 
     Args:
         input: (N, C, H, W), float32, float64, bfloat16 or float16, any strides. N may be 0.
         gate_weight: (1, C, 1, 1). gate_bias: (1,) or None.
         weight: projection (C', C, 1, 1), or None for none (then C' = C). bias: (C',) or None.
+        activation: None or ``"relu"``, between projection and resampling.
         size: output size (H', W') or one int for both. scale_factor: multiplier of H and W, a number or a pair. Exactly one
             of the two; ``scale_factor=1`` keeps the size (identity transfer).
         mode: ``"bilinear"`` and ``"nearest"`` as in ``F.interpolate``, ``"avg"`` is adaptive average pooling.
@@ -88,9 +94,10 @@ def gated_scale_transfer(
     checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
     checks.check_projection(weight, bias, input)
     checks.check_mode(mode, align_corners)
+    act = checks.check_activation(activation)
     out_size, scale = checks.output_size(input, size, scale_factor)
     operands = (input, gate_weight, gate_bias, weight, bias)
-    output, gate = _outside_autocast(_gated_scale_transfer, *operands, out_size, mode, align_corners, scale)
+    output, gate = _outside_autocast(_gated_scale_transfer, *operands, act, out_size, mode, align_corners, scale)
     return (output, gate) if return_gate else output
 
 
@@ -100,15 +107,18 @@ def _gated_scale_transfer(
     gate_bias: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     size: tuple[int, int],
     mode: str,
     align_corners: bool,
     scale: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
     operands = (input, gate_weight, gate_bias, weight, bias)
-    if backends.select(input.device.type, input.dtype) == "reference":
-        return reference.gated_scale_transfer(*operands, size, mode, align_corners, scale)
-    return torch.ops.gsto_ops.gated_scale_transfer(*operands, size, mode, align_corners, *(scale or (None, None)))
+    if backends.select(input.device, input.dtype) == "reference":
+        return reference.gated_scale_transfer(*operands, activation, size, mode, align_corners, scale)
+    return torch.ops.gsto_ops.gated_scale_transfer(
+        *operands, activation, size, mode, align_corners, *(scale or (None, None))
+    )
 
 
 @overload
@@ -121,6 +131,7 @@ def supervised_gated_scale_transfer(
     weight: Tensor | None = ...,
     bias: Tensor | None = ...,
     *,
+    activation: Activation = ...,
     size: Size | None = ...,
     scale_factor: ScaleFactor | None = ...,
     mode: Mode = ...,
@@ -139,6 +150,7 @@ def supervised_gated_scale_transfer(
     weight: Tensor | None = ...,
     bias: Tensor | None = ...,
     *,
+    activation: Activation = ...,
     size: Size | None = ...,
     scale_factor: ScaleFactor | None = ...,
     mode: Mode = ...,
@@ -156,6 +168,7 @@ def supervised_gated_scale_transfer(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    activation: Activation = None,
     size: Size | None = None,
     scale_factor: ScaleFactor | None = None,
     mode: Mode = "bilinear",
@@ -188,11 +201,12 @@ def supervised_gated_scale_transfer(
     checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
     checks.check_projection(weight, bias, input)
     checks.check_mode(mode, align_corners)
+    act = checks.check_activation(activation)
     out_size, scale = checks.output_size(input, size, scale_factor)
 
     operands = (input, class_weight, class_bias, gate_weight, gate_bias, weight, bias)
     output, class_map, gate = _outside_autocast(
-        _supervised_gated_scale_transfer, *operands, out_size, mode, align_corners, scale
+        _supervised_gated_scale_transfer, *operands, act, out_size, mode, align_corners, scale
     )
     return (output, class_map, gate) if return_gate else (output, class_map)
 
@@ -208,14 +222,14 @@ def _supervised_gated_scale_transfer(
     *resampling: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     classifier = (class_weight, class_bias, gate_weight, gate_bias)
-    if backends.select(input.device.type, input.dtype) == "reference":
+    if _operators(input) is None:
         return reference.supervised_gated_scale_transfer(input, *classifier, weight, bias, *resampling)
     class_map = F.conv2d(input, class_weight, class_bias)
-    output, gate = _gated_scale_transfer(input, *_collapse(*classifier), weight, bias, *resampling)
+    output, gate = _gated_scale_transfer(input, *collapse_gate(*classifier), weight, bias, *resampling)
     return output, class_map, gate
 
 
-def _collapse(
+def collapse_gate(
     class_weight: Tensor, class_bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """θ·(W_cls F + b_c) + b = ρ·F + ρ_b with ρ = W_clsᵀθ: the gate reads the input once, not the class map again."""
@@ -225,6 +239,120 @@ def _collapse(
         return rho, gate_bias
     rho_bias = (theta @ class_bias)[None]
     return rho, rho_bias if gate_bias is None else rho_bias + gate_bias
+
+
+def gated_projection(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gate, multiply, project, with the batch statistics of the result: what a batch norm in training mode needs (Eq. 1, 2).
+
+    Args:
+        input: (N, C, H, W). gate_weight: (1, C, 1, 1). gate_bias: (1,) or None. weight: (C', C, 1, 1).
+
+    Returns:
+        (output (N, C', H, W), gate (N, 1, H, W), mean (C',), var (C',)): mean and biased variance of ``output`` over N, H, W,
+        in float32 (float64 for float64 input). Gradients flow through all four. Follow with :func:`affine_scale_transfer`.
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_scale_transfer`.
+    """
+    checks.check_input(input)
+    checks.check_parameter(
+        "gate_weight", gate_weight, (1, input.shape[1], 1, 1), input, meaning="(1, in_channels, 1, 1)"
+    )
+    checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
+    if weight is None:
+        raise TypeError("weight must be a torch.Tensor, got None (without a projection, use gated_scale_transfer)")
+    checks.check_projection(weight, None, input)
+    return _outside_autocast(_gated_projection, input, gate_weight, gate_bias, weight)
+
+
+def _gated_projection(input: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operators = _operators(input)
+    return (reference if operators is None else operators).gated_projection(input, *operands)
+
+
+def affine_scale_transfer(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    activation: Activation = None,
+    size: Size | None = None,
+    scale_factor: ScaleFactor | None = None,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """``ST(act(scale_c * input + shift_c))``: the affine of a batch norm, the activation and the resampling in one pass.
+
+    Args:
+        input: (N, C, H, W). scale, shift: (C,), float32 whatever the input's dtype (float64 for float64 input).
+        activation, size, scale_factor, mode, align_corners: as in :func:`gated_scale_transfer`.
+
+    Returns:
+        (N, C, H', W') in the dtype of ``input``, under autocast too.
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_scale_transfer`.
+    """
+    checks.check_input(input)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        dtype = reference.statistics_dtype(input)
+        checks.check_parameter(name, vector, (input.shape[1],), input, meaning="(channels,)", dtype=dtype)
+    checks.check_mode(mode, align_corners)
+    act = checks.check_activation(activation)
+    out_size, factors = checks.output_size(input, size, scale_factor)
+    operators = _operators(input)
+    if operators is None:
+        return reference.affine_scale_transfer(input, scale, shift, act, out_size, mode, align_corners, factors)
+    resampling = (act, out_size, mode, align_corners, *(factors or (None, None)))
+    return operators.affine_scale_transfer(input, scale, shift, *resampling)
+
+
+def gated_pyramid_pool(
+    input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None = None, *, bins: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """The gated poolings of a pyramid pooling module (Section 3.3, Fig. 4): every bin has its own gate on the feature.
+
+    Args:
+        input: (N, C, H, W). gate_weight: (K, C, 1, 1), one row per bin. gate_bias: (K,) or None.
+        bins: K positive ints; bin b is pooled adaptively to b x b.
+
+    Returns:
+        (pooled, gate): a list of K maps (N, C, b, b), and the gates (N, K, H, W), from one read of the input.
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_scale_transfer`; bins that are not positive ints.
+    """
+    checks.check_input(input)
+    if not isinstance(bins, (tuple, list)) or not bins or any(type(b) is not int or b < 1 for b in bins):
+        raise ValueError(f"bins must be a list of positive ints, got {bins!r}")
+    shape = (len(bins), input.shape[1], 1, 1)
+    checks.check_parameter("gate_weight", gate_weight, shape, input, meaning="(number of bins, in_channels, 1, 1)")
+    checks.check_parameter("gate_bias", gate_bias, (len(bins),), input, meaning="(number of bins,)")
+    pooled, gate = _outside_autocast(_gated_pyramid_pool, input, gate_weight, gate_bias, list(bins))
+    maps = pooled.split([b * b for b in bins], 2)
+    return [cells.unflatten(2, (b, b)) for cells, b in zip(maps, bins, strict=True)], gate
+
+
+def _gated_pyramid_pool(
+    input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, bins: list[int]
+) -> tuple[Tensor, Tensor]:
+    operators = _operators(input)
+    if operators is None or (input.is_cuda and max(bins) > MAX_CUDA_BIN):
+        return reference.gated_pyramid_pool(input, gate_weight, gate_bias, bins)
+    return operators.gated_pyramid_pool(input, gate_weight, gate_bias, bins)
+
+
+def _operators(input: Tensor) -> Any:
+    """The namespace whose operators take this input; None for the plain PyTorch functions of ``reference``."""
+    backend = backends.select(input.device, input.dtype)
+    if backend == "reference":
+        return None
+    return torch.ops.gsto_triton if backend == "triton" else torch.ops.gsto_ops
 
 
 def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any:

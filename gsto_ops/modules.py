@@ -2,11 +2,84 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
 from .checks import ScaleFactor, Size
-from .functional import gated_scale_transfer, scale_transfer, supervised_gated_scale_transfer
+from .functional import (
+    Activation,
+    affine_scale_transfer,
+    collapse_gate,
+    gated_projection,
+    gated_scale_transfer,
+    scale_transfer,
+)
+
+
+def gated_norm_transfer(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    projection: nn.Conv2d,
+    norm: nn.Module | None,
+    *,
+    activation: Activation = None,
+    **transfer: Any,
+) -> Tensor:
+    """Gate, multiply, project, normalise, activate, resample (Fig. 2), with as few passes over memory as ``norm`` allows.
+
+    - No norm, or a batch norm in eval mode (folded into the projection): one operator, ``gated_scale_transfer``.
+    - A batch norm in training mode: two operators, ``gated_projection``, whose epilogue makes the batch statistics, and
+      ``affine_scale_transfer``; no normalised map is written. Running statistics are updated as by ``nn.BatchNorm2d``.
+    - Any other norm (SyncBatchNorm, GroupNorm, ...): it runs by itself between the two.
+
+    Args:
+        input: (N, C, H, W). gate_weight: (1, C, 1, 1). gate_bias: (1,) or None.
+        projection: a 1x1 convolution C -> C'; only its parameters are used. norm: a module on (N, C', H, W), or None.
+        activation: None or ``"relu"``. transfer: size or scale_factor, mode, align_corners of ``gated_scale_transfer``.
+
+    Returns:
+        (N, C', H', W').
+
+    Raises:
+        ValueError, TypeError: as ``gated_scale_transfer``; a batch norm in training mode with one value per channel.
+    """
+    gate = (gate_weight, gate_bias)
+    if norm is None:
+        return gated_scale_transfer(input, *gate, projection.weight, projection.bias, activation=activation, **transfer)
+    if type(norm) is not nn.BatchNorm2d or not norm.affine or projection.bias is not None:
+        output = norm(gated_scale_transfer(input, *gate, projection.weight, projection.bias, scale_factor=1))
+        return scale_transfer(output.relu() if activation == "relu" else output, **transfer)
+    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+        scale, shift = _affine(norm, norm.running_mean, norm.running_var)
+        weight = (projection.weight * scale[:, None, None, None]).to(projection.weight.dtype)
+        shift = shift.to(projection.weight.dtype)
+        return gated_scale_transfer(input, *gate, weight, shift, activation=activation, **transfer)
+    output, _, mean, var = gated_projection(input, *gate, projection.weight)
+    count = output.numel() // output.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"batch norm in training mode needs more than one value per channel, got {tuple(output.shape)}"
+        )
+    _update_running_statistics(norm, mean.detach(), var.detach() * (count / (count - 1)))
+    return affine_scale_transfer(output, *_affine(norm, mean, var), activation=activation, **transfer)
+
+
+def _affine(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch norm as x -> scale · x + shift per channel, in float32 whatever the parameters' dtype (float64 for float64)."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    scale = norm.weight.to(dtype) * (var.to(dtype) + norm.eps).rsqrt()
+    return scale, norm.bias.to(dtype) - mean.to(dtype) * scale
+
+
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None or not norm.training:
+        return
+    norm.num_batches_tracked.add_(1)
+    factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), factor)
 
 
 class GatedScaleTransfer(nn.Module):
@@ -109,24 +182,15 @@ class GatedScaleTransfer(nn.Module):
             "mode": mode,
             "align_corners": self.align_corners and mode == "bilinear",
         }
-        # Norm and activation stand between projection and resampling; without them all of it is one operator.
-        separate = self.norm is not None or self.activation is not None
-        output, class_map = self._gate_and_project(x, {"scale_factor": 1} if separate else transfer)
-        if separate:
-            output = output if self.norm is None else self.norm(output)
-            output = output if self.activation is None else self.activation(output)
-            output = scale_transfer(output, **transfer)
-        return output if class_map is None else (output, class_map)
-
-    def _gate_and_project(self, x: Tensor, transfer: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        weight, bias = (None, None) if self.projection is None else (self.projection.weight, self.projection.bias)
-        gate = self.gate
-        if self.predictor is None:
-            return gated_scale_transfer(x, gate.weight, gate.bias, weight, bias, **transfer), None
-        predictor = self.predictor
-        return supervised_gated_scale_transfer(
-            x, predictor.weight, predictor.bias, gate.weight, gate.bias, weight, bias, **transfer
-        )
+        gate: tuple[Tensor, Tensor | None] = (self.gate.weight, self.gate.bias)
+        if self.predictor is not None:
+            gate = collapse_gate(self.predictor.weight, self.predictor.bias, *gate)
+        if self.projection is None:
+            output = gated_scale_transfer(x, *gate, **transfer)
+        else:
+            activation: Activation = None if self.activation is None else "relu"
+            output = gated_norm_transfer(x, *gate, self.projection, self.norm, activation=activation, **transfer)
+        return output if self.predictor is None else (output, self.predictor(x))
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"mode={self.mode!r}"]

@@ -1,30 +1,28 @@
-"""Equations 1-6 of the paper in plain PyTorch: the oracle of the tests, and what runs where no kernel is built.
+"""The operators in plain PyTorch (Equations 1-6 of the paper): the oracle of the tests, and what runs where no kernel is built.
 
-These functions trust their arguments; ``gsto_ops.functional`` checks them.
+These functions trust their arguments; ``gsto_ops.functional`` checks them. The explicit ``*_backward`` functions are the default
+kernels of the backward operators; the forward functions are differentiable as they are.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+# The scale factors (of H, of W) that the caller gave, if any: like F.interpolate, bilinear and nearest resampling then step by
+# 1 / scale factor and not by the ratio of the sizes.
+ScaleFactors = tuple[float, float] | None
 
 
 def scale_transfer(
-    input: Tensor,
-    size: tuple[int, int],
-    mode: str,
-    align_corners: bool = False,
-    scale: tuple[float, float] | None = None,
+    input: Tensor, size: tuple[int, int], mode: str, align_corners: bool = False, scale_factors: ScaleFactors = None
 ) -> Tensor:
-    """ST of Eq. 3: resample (N, C, H, W) to (N, C, *size).
-
-    ``scale`` is the scale factor that the caller gave, if any: like ``F.interpolate``, bilinear and nearest resampling then
-    step by 1 / scale and not by the ratio of the sizes.
-    """
-    if tuple(input.shape[-2:]) == tuple(size) and scale in (None, (1.0, 1.0)):
+    """ST of Eq. 3: resample (N, C, H, W) to (N, C, *size)."""
+    if tuple(input.shape[-2:]) == tuple(size) and scale_factors in (None, (1.0, 1.0)):
         return input
-    scale_h, scale_w = scale or (None, None)
+    scale_h, scale_w = scale_factors or (None, None)
     if mode == "avg":
         return F.adaptive_avg_pool2d(input, size)
     if mode == "bilinear":
@@ -34,22 +32,45 @@ def scale_transfer(
 
 def scale_transfer_backward(
     grad_output: Tensor,
-    input_shape: torch.Size,
+    input_shape: Sequence[int],
     mode: str,
     align_corners: bool = False,
-    scale: tuple[float, float] | None = None,
+    scale_factors: ScaleFactors = None,
 ) -> Tensor:
     """Transpose of :func:`scale_transfer`: (N, C, H', W') to (N, C, H, W)."""
     size = tuple(grad_output.shape[-2:])
     shape = (*grad_output.shape[:2], *input_shape[-2:])
-    if size == tuple(input_shape[-2:]) and scale in (None, (1.0, 1.0)):
+    if size == tuple(input_shape[-2:]) and scale_factors in (None, (1.0, 1.0)):
         return grad_output
-    scale_h, scale_w = scale or (None, None)
+    scale_h, scale_w = scale_factors or (None, None)
     if mode == "avg":
         return aten._adaptive_avg_pool2d_backward(grad_output, grad_output.new_empty(()).expand(shape))
     if mode == "bilinear":
         return aten.upsample_bilinear2d_backward(grad_output, size, shape, align_corners, scale_h, scale_w)
     return aten.upsample_nearest2d_backward(grad_output, size, shape, scale_h, scale_w)
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    return x.relu() if activation == "relu" else x
+
+
+def _gate_backward(
+    grad: Tensor, grad_gate: Tensor | None, input: Tensor, gate: Tensor, gate_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``gate ⊙ input`` and of the gate for input, gate_weight and gate_bias; ``grad`` is that of the product."""
+    grad_of_gate = (grad * input).sum(1, keepdim=True)
+    if grad_gate is not None:
+        grad_of_gate = grad_of_gate + grad_gate
+    grad_logit = grad_of_gate * gate * (1 - gate)
+    grad_input = gate * grad + gate_weight * grad_logit
+    grad_gate_weight = (grad_logit * input).sum((0, 2, 3))[None, :, None, None]
+    return grad_input, grad_gate_weight, grad_logit.sum((0, 1, 2, 3)).reshape(1)
+
+
+def _projection_backward(grad: Tensor, gated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a 1x1 convolution without bias for its input and its weight."""
+    grad_weight = torch.einsum("nohw,nchw->oc", grad, gated)[:, :, None, None]
+    return torch.einsum("nohw,oc->nchw", grad, weight[:, :, 0, 0]), grad_weight
 
 
 def gated_scale_transfer(
@@ -58,17 +79,18 @@ def gated_scale_transfer(
     gate_bias: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     size: tuple[int, int],
     mode: str,
     align_corners: bool = False,
-    scale: tuple[float, float] | None = None,
+    scale_factors: ScaleFactors = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unsupervised GSTO (Eq. 1-3): gate = σ(ρ·F + b), ST(W(gate ⊙ F) + bias). Returns (output, gate)."""
+    """Unsupervised GSTO (Eq. 1-3): gate = σ(ρ·F + b), ST(act(W(gate ⊙ F) + bias)). Returns (output, gate)."""
     gate = F.conv2d(input, gate_weight, gate_bias).sigmoid()
     output = gate * input
     if weight is not None:
         output = F.conv2d(output, weight, bias)
-    return scale_transfer(output, size, mode, align_corners, scale), gate
+    return scale_transfer(_activate(output, activation), size, mode, align_corners, scale_factors), gate
 
 
 def gated_scale_transfer_backward(
@@ -78,27 +100,25 @@ def gated_scale_transfer_backward(
     gate: Tensor,
     gate_weight: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
     mode: str,
     align_corners: bool = False,
-    scale: tuple[float, float] | None = None,
+    scale_factors: ScaleFactors = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`gated_scale_transfer` for input, gate_weight, gate_bias, weight and bias.
 
     Needs only the input and the gate from the forward pass. The gradients of an absent weight and bias have no elements.
     """
-    grad = scale_transfer_backward(grad_output, input.shape, mode, align_corners, scale)
+    grad = scale_transfer_backward(grad_output, input.shape, mode, align_corners, scale_factors)
+    gated = gate * input
+    if activation == "relu":
+        grad = grad * ((gated if weight is None else F.conv2d(gated, weight, bias)) > 0)
     grad_weight, grad_bias = input.new_empty(0), input.new_empty(0)
     if weight is not None:
         grad_bias = grad.sum((0, 2, 3))
-        grad_weight = torch.einsum("nohw,nchw->oc", grad, gate * input)[:, :, None, None]
-        grad = torch.einsum("nohw,oc->nchw", grad, weight[:, :, 0, 0])
-    grad_of_gate = (grad * input).sum(1, keepdim=True)
-    if grad_gate is not None:
-        grad_of_gate = grad_of_gate + grad_gate
-    grad_logit = grad_of_gate * gate * (1 - gate)
-    grad_input = gate * grad + gate_weight * grad_logit
-    grad_gate_weight = (grad_logit * input).sum((0, 2, 3))[None, :, None, None]
-    return grad_input, grad_gate_weight, grad_logit.sum((0, 1, 2, 3)).reshape(1), grad_weight, grad_bias
+        grad, grad_weight = _projection_backward(grad, gated, weight)
+    return *_gate_backward(grad, grad_gate, input, gate, gate_weight), grad_weight, grad_bias
 
 
 def supervised_gated_scale_transfer(
@@ -109,10 +129,11 @@ def supervised_gated_scale_transfer(
     gate_bias: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     size: tuple[int, int],
     mode: str,
     align_corners: bool = False,
-    scale: tuple[float, float] | None = None,
+    scale_factors: ScaleFactors = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Supervised GSTO (Eq. 4-6): P = W_cls F + b_c, gate = σ(θ·P + b), then as above. Returns (output, class_map, gate)."""
     class_map = F.conv2d(input, class_weight, class_bias)
@@ -120,4 +141,111 @@ def supervised_gated_scale_transfer(
     output = gate * input
     if weight is not None:
         output = F.conv2d(output, weight, bias)
-    return scale_transfer(output, size, mode, align_corners, scale), class_map, gate
+    output = scale_transfer(_activate(output, activation), size, mode, align_corners, scale_factors)
+    return output, class_map, gate
+
+
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """Batch statistics are float32, whatever the map's dtype; float64 for float64."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def gated_projection(
+    input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z = W(gate ⊙ F) at the input's size (Eq. 1, 2) and its statistics: (z, gate, mean, biased variance over N, H, W)."""
+    gate = F.conv2d(input, gate_weight, gate_bias).sigmoid()
+    output = F.conv2d(gate * input, weight)
+    var, mean = torch.var_mean(output.to(statistics_dtype(input)), (0, 2, 3), correction=0)
+    return output, gate, mean, var
+
+
+def gated_projection_backward(
+    grad_output: Tensor,
+    grad_gate: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    input: Tensor,
+    gate: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    mean: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gated_projection` for input, gate_weight, gate_bias and weight."""
+    grad = grad_output.to(mean.dtype)
+    count = output.shape[0] * output.shape[2] * output.shape[3]
+    if grad_mean is not None:
+        grad = grad + (grad_mean / count)[:, None, None]
+    if grad_var is not None:
+        grad = grad + (2 / count * grad_var)[:, None, None] * (output - mean[:, None, None])
+    grad, grad_weight = _projection_backward(grad.to(input.dtype), gate * input, weight)
+    return *_gate_backward(grad, grad_gate, input, gate, gate_weight), grad_weight
+
+
+def affine_scale_transfer(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    size: tuple[int, int],
+    mode: str,
+    align_corners: bool = False,
+    scale_factors: ScaleFactors = None,
+) -> Tensor:
+    """ST(act(scale_c · x + shift_c)): batch norm's affine, activation and resampling."""
+    output = (scale[:, None, None] * input + shift[:, None, None]).to(input.dtype)
+    return scale_transfer(_activate(output, activation), size, mode, align_corners, scale_factors)
+
+
+def affine_scale_transfer_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    mode: str,
+    align_corners: bool = False,
+    scale_factors: ScaleFactors = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`affine_scale_transfer` for input, scale and shift."""
+    grad = scale_transfer_backward(grad_output, input.shape, mode, align_corners, scale_factors).to(scale.dtype)
+    if activation == "relu":
+        grad = grad * (scale[:, None, None] * input + shift[:, None, None] > 0)
+    return (scale[:, None, None] * grad).to(input.dtype), (grad * input).sum((0, 2, 3)), grad.sum((0, 2, 3))
+
+
+def gated_pyramid_pool(
+    input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, bins: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gates of all bins and the pooled maps of ``gate_k ⊙ F`` (Section 3.3, Fig. 4).
+
+    Returns (pooled, gate): (N, C, Σ b²), bin after bin, each flattened; (N, K, H, W).
+    """
+    gate = F.conv2d(input, gate_weight, gate_bias).sigmoid()
+    pooled = [F.adaptive_avg_pool2d(gate[:, k : k + 1] * input, b).flatten(2) for k, b in enumerate(bins)]
+    return torch.cat(pooled, 2), gate
+
+
+def gated_pyramid_pool_backward(
+    grad_pooled: Tensor,
+    grad_gate: Tensor | None,
+    input: Tensor,
+    gate: Tensor,
+    gate_weight: Tensor,
+    bins: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gated_pyramid_pool` for input, gate_weight and gate_bias."""
+    grad_input = torch.zeros_like(input)
+    grads_weight, grads_bias = [], []
+    grads_pooled = grad_pooled.split([b * b for b in bins], 2)
+    for k, b in enumerate(bins):
+        grad = scale_transfer_backward(grads_pooled[k].unflatten(2, (b, b)), input.shape, "avg")
+        gate_k, weight_k = gate[:, k : k + 1], gate_weight[k : k + 1]
+        grad_k, grad_weight, grad_bias = _gate_backward(
+            grad, None if grad_gate is None else grad_gate[:, k : k + 1], input, gate_k, weight_k
+        )
+        grad_input = grad_input + grad_k
+        grads_weight.append(grad_weight)
+        grads_bias.append(grad_bias)
+    return grad_input, torch.cat(grads_weight), torch.cat(grads_bias)

@@ -7,6 +7,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU is visible"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

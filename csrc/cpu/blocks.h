@@ -19,12 +19,13 @@ struct Blocks {
   int64_t batch, height, width;  // of a full block
   int64_t per_col, per_row;
 
-  Blocks(int64_t n, const AxisView& r, const AxisView& c, int64_t channels) : rows(r), cols(c), batch(n) {
-    // Columns: 16 KiB of the wider one of input and output, for L1. Rows: an eighth, so that one image occupies many
-    // threads.
+  // Columns: 16 KiB of the wider one of input and output, for L1. Rows: an eighth, so that one image occupies many
+  // threads.
+  Blocks(int64_t n, const AxisView& r, const AxisView& c, int64_t channels, int64_t kilobytes = 16)
+      : rows(r), cols(c), batch(n) {
     const int64_t pixel = padded<A>(channels) * static_cast<int64_t>(sizeof(A));
     const int64_t shrink = most(1, cols.in / cols.out);
-    width = least(cols.out, most(16, (int64_t{16} << 10) / (pixel * shrink) / 16 * 16));
+    width = least(cols.out, most(16, (kilobytes << 10) / (pixel * shrink) / 16 * 16));
     height = (rows.out + 7) / 8;
     per_col = (rows.out + height - 1) / height;
     per_row = (cols.out + width - 1) / width;
@@ -121,5 +122,28 @@ class BlockResampler {
   int64_t row_, size_;
   Buffer<A> window_, result_;
 };
+
+// Calls consume(n, h, w, count, pixels) for the runs of pixels of one block of the resampled map; source(n, h, w,
+// count, buffer) returns a run of input pixels, for which it may use the buffer.
+template <class A, class Source, class Consume>
+inline void resample_block(const Blocks<A>& blocks, const Block& block, const BlockResampler<A>& resampler, A* buffer,
+                           const Source& source, const Consume& consume) {
+  const int64_t w = blocks.cols.start[block.col0], count = blocks.cols.end(block.col1 - 1) - w;
+  resampler.run(
+      block, [&](int64_t i) { return source(block.n, i, w, count, buffer); },
+      [&](int64_t o, A* pixels) { consume(block.n, o, block.col0, block.width(), pixels); });
+}
+
+// The same for the whole map.
+template <class A, class Source, class Consume>
+inline void resample(const Call& call, const Blocks<A>& blocks, int64_t channels, const Source& source,
+                     const Consume& consume) {
+  parallel_for(call, blocks.tasks(), [&](int64_t begin, int64_t end) {
+    const BlockResampler<A> resampler(blocks, padded<A>(channels));
+    const Buffer<A> buffer(blocks.input_width() * padded<A>(channels));
+    for (int64_t task = begin; task < end; ++task)
+      resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, consume);
+  });
+}
 
 }  // namespace gsto::cpu::GSTO_ISA

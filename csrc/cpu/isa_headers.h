@@ -12,3 +12,4 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/pyramid.h"

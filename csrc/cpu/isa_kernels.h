@@ -8,5 +8,24 @@
 #include "cpu/blocks.h"
 #include "cpu/maps.h"
 #include "cpu/operands.h"
+#include "cpu/gated_pixels.h"
 #include "cpu/gated_scale_transfer_kernel.h"
+#include "cpu/gated_projection_kernel.h"
+#include "cpu/affine_scale_transfer_kernel.h"
+#include "cpu/gated_pyramid_pool_kernel.h"
+
+
+namespace gsto::cpu::GSTO_ISA {
+constexpr Kernels kernels(const char* name) {
+  return {name,
+          gated_scale_transfer,
+          gated_scale_transfer_backward,
+          gated_projection,
+          gated_projection_backward,
+          affine_scale_transfer,
+          affine_scale_transfer_backward,
+          gated_pyramid_pool,
+          gated_pyramid_pool_backward};
+}
+}  // namespace gsto::cpu::GSTO_ISA
 // clang-format on

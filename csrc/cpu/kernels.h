@@ -1,25 +1,29 @@
 // What the compiled variants of the CPU kernels share with the code that chooses and calls them. No torch header.
 #pragma once
 
+#include "cpu/params.h"
 #include "cpu/resample.h"
-#include "gated_scale_transfer.h"
 
 namespace gsto::cpu {
 
 using Task = void (*)(int64_t begin, int64_t end, void* context);
 
+// What an operator's kernel gets besides its parameters.
 struct Call {
-  GatedScaleTransferParams params;
   AxisView rows, cols;                        // input -> output
-  AxisView rows_transposed, cols_transposed;  // output -> input
-  int64_t threads = 1;
+  AxisView rows_transposed, cols_transposed;  // output -> input: backward only
   void (*parallel_for)(int64_t tasks, Task task, void* context) = nullptr;
 };
 
+template <class Params>
+using Kernel = void (*)(const Call&, const Params&);
+
 struct Kernels {
   const char* name;
-  void (*gated_scale_transfer)(const Call&);
-  void (*gated_scale_transfer_backward)(const Call&);
+  Kernel<GatedScaleTransferParams> gated_scale_transfer, gated_scale_transfer_backward;
+  Kernel<GatedProjectionParams> gated_projection, gated_projection_backward;
+  Kernel<AffineScaleTransferParams> affine_scale_transfer, affine_scale_transfer_backward;
+  Kernel<GatedPyramidPoolParams> gated_pyramid_pool, gated_pyramid_pool_backward;
 };
 
 extern const Kernels kBaselineKernels;

@@ -26,6 +26,8 @@ struct Pixels {
   }
 };
 
+inline bool planar(const TensorView& t) { return t.stride_w == 1 && t.stride_c != 1; }
+
 inline bool collapsible(const TensorView& t, int64_t height, int64_t width) {
   return t.data == nullptr || height == 1 || t.stride_h == width * t.stride_w;
 }

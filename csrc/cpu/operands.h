@@ -4,6 +4,16 @@
 
 namespace gsto::cpu::GSTO_ISA {
 
+// `count` values to zero-padded vectors: `size` values, or as many as it takes.
+template <class S, class A = Accumulate<S>>
+inline void fill_padded(const TensorView& t, int64_t stride, int64_t count, A* to, int64_t size = 0) {
+  size = most(size, padded<A>(count));
+  for (int64_t c = 0; c < size; c += kLanes<A>) {
+    const int64_t present = most(0, least(kLanes<A>, count - c));
+    store(to + c, present ? load_some(static_cast<const S*>(t.data) + c * stride, present, stride) : Vec<A>{});
+  }
+}
+
 // The parameters of one call, padded with zeros to whole vectors.
 template <class S, class A = Accumulate<S>>
 struct Operands {
@@ -13,33 +23,24 @@ struct Operands {
   Buffer<A> weight_by_row;  // W transposed: (C, C')
   A gate_bias = 0;
 
-  explicit Operands(const GatedScaleTransferParams& p)
+  explicit Operands(const GatedParams& p)
       : gate_weight(padded<A>(p.channels)),
         bias(padded<A>(p.out_channels)),
         weight(p.weight.data ? p.out_channels * padded<A>(p.channels) : 0),
         weight_by_row(p.weight.data ? p.channels * padded<A>(p.out_channels) : 0) {
-    fill(p.gate_weight, p.gate_weight.stride_c, p.channels, gate_weight.data());
-    fill(p.bias, p.bias.stride_n, p.bias.data ? p.out_channels : 0, bias.data(), padded<A>(p.out_channels));
+    fill_padded<S>(p.gate_weight, p.gate_weight.stride_c, p.channels, gate_weight.data());
+    fill_padded<S>(p.bias, p.bias.stride_n, p.bias.data ? p.out_channels : 0, bias.data(), padded<A>(p.out_channels));
     if (p.gate_bias.data) gate_bias = load_some(static_cast<const S*>(p.gate_bias.data), 1)[0];
     if (!p.weight.data) return;
     for (int64_t m = 0; m < p.out_channels; ++m) {
       TensorView filter = p.weight;
       filter.data = mutable_pixel<S>(p.weight, m, 0, 0);
-      fill(filter, filter.stride_c, p.channels, weight.data() + m * padded<A>(p.channels));
+      fill_padded<S>(filter, filter.stride_c, p.channels, weight.data() + m * padded<A>(p.channels));
     }
     for (int64_t k = 0; k < p.channels; ++k) {
       A* to = weight_by_row.data() + k * padded<A>(p.out_channels);
       for (int64_t m = 0; m < padded<A>(p.out_channels); ++m)
         to[m] = m < p.out_channels ? weight.data()[m * padded<A>(p.channels) + k] : A(0);
-    }
-  }
-
- private:
-  static void fill(const TensorView& t, int64_t stride, int64_t count, A* to, int64_t size = 0) {
-    size = most(size, padded<A>(count));
-    for (int64_t c = 0; c < size; c += kLanes<A>) {
-      const int64_t present = most(0, least(kLanes<A>, count - c));
-      store(to + c, present ? load_some(static_cast<const S*>(t.data) + c * stride, present, stride) : Vec<A>{});
     }
   }
 };
@@ -50,7 +51,7 @@ template <class A>
 class Reduction {
  public:
   Reduction(int64_t tasks, int64_t size)
-      : tasks_(tasks), size_(size), slots_(slots(tasks, size)), sums_(slots_ * size) {}
+      : tasks_(tasks), size_(size), slots_(slots_for(tasks, size)), sums_(slots_ * size) {}
 
   // Calls f(begin, end, sums) once per slot with its range of tasks.
   template <class F>
@@ -74,9 +75,12 @@ class Reduction {
     }
   }
 
+  A* slot(int64_t s) const { return sums_.data() + s * size_; }
+  int64_t slots() const { return slots_; }
+
  private:
   // At most 64 slots (as many threads can take part) and 64 MiB of sums, but never fewer than 8 slots.
-  static int64_t slots(int64_t tasks, int64_t size) {
+  static int64_t slots_for(int64_t tasks, int64_t size) {
     const int64_t fit = (int64_t{64} << 20) / (size * static_cast<int64_t>(sizeof(A)));
     return least(tasks, most(8, least(64, fit)));
   }

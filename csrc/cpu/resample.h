@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "gated_scale_transfer.h"
+#include "types.h"
 
 namespace gsto::cpu {
 

@@ -171,6 +171,12 @@ inline void load_scalars(const TensorView& t, int64_t n, int64_t h, int64_t w, i
   });
 }
 
+template <class S, class A = Accumulate<S>>
+inline void load_optional_scalars(const TensorView& t, int64_t n, int64_t h, int64_t w, int64_t count, A* values) {
+  if (t.data) return load_scalars<S>(t, n, h, w, count, values);
+  for (int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
 // dots[p] = a[p] . b[p] over the channels; b_row == 0 takes the same b for every pixel.
 template <class A>
 inline void dot_pixels(const A* a, const A* b, int64_t b_row, int64_t row, int64_t count, A* dots) {
@@ -198,6 +204,14 @@ inline void scale_pixels(A* tile, const A* factors, int64_t row, int64_t count) 
     for (int64_t c = 0; c < row; c += kLanes<A>) store(tile + p * row + c, load(tile + p * row + c) * factors[p]);
 }
 
+template <class A>
+inline void relu_pixels(A* tile, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes<A>) {
+    const Vec<A> value = load(tile + i);
+    store(tile + i, value < 0 ? Vec<A>{} : value);  // a NaN stays one
+  }
+}
+
 // The tile's column sums, added to sums.
 template <class A>
 inline void add_pixels(const A* tile, int64_t row, int64_t count, A* sums) {
@@ -205,6 +219,21 @@ inline void add_pixels(const A* tile, int64_t row, int64_t count, A* sums) {
     Vec<A> sum = load(sums + c);
     for (int64_t p = 0; p < count; ++p) sum += load(tile + p * row + c);
     store(sums + c, sum);
+  }
+}
+
+// Calls f with a value of the storage type.
+template <class F>
+inline void with_storage_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::kFloat32:
+      return f(float{});
+    case ScalarType::kFloat64:
+      return f(double{});
+    case ScalarType::kBFloat16:
+      return f(BFloat16{});
+    case ScalarType::kFloat16:
+      return f(Float16{});
   }
 }
 

@@ -7,6 +7,6 @@
 #include "cpu/isa_kernels.h"
 
 namespace gsto::cpu {
-const Kernels kAvx2Kernels{"avx2", avx2::gated_scale_transfer, avx2::gated_scale_transfer_backward};
+const Kernels kAvx2Kernels = avx2::kernels("avx2");
 }
 #endif

@@ -7,6 +7,6 @@
 #include "cpu/isa_kernels.h"
 
 namespace gsto::cpu {
-const Kernels kAvx512Kernels{"avx512", avx512::gated_scale_transfer, avx512::gated_scale_transfer_backward};
+const Kernels kAvx512Kernels = avx512::kernels("avx512");
 }
 #endif

@@ -6,5 +6,5 @@
 #include "cpu/isa_kernels.h"
 
 namespace gsto::cpu {
-const Kernels kBaselineKernels{"baseline", baseline::gated_scale_transfer, baseline::gated_scale_transfer_backward};
+const Kernels kBaselineKernels = baseline::kernels("baseline");
 }

@@ -29,12 +29,25 @@ def operands(channels=6, out_channels=4, size=(5, 7), batch=2, dtype=torch.float
     }
 
 
-def eager(input, gate_weight, gate_bias=None, weight=None, bias=None, *, size, mode="bilinear", align_corners=False):
+def eager(
+    input,
+    gate_weight,
+    gate_bias=None,
+    weight=None,
+    bias=None,
+    *,
+    size,
+    mode="bilinear",
+    align_corners=False,
+    activation=None,
+):
     """What a user would write today."""
     gate = torch.sigmoid(F.conv2d(input, gate_weight, gate_bias))
     output = input * gate
     if weight is not None:
         output = F.conv2d(output, weight, bias)
+    if activation == "relu":
+        output = output.relu()
     if mode == "avg":
         return F.adaptive_avg_pool2d(output, size), gate
     corners = {"align_corners": align_corners} if mode == "bilinear" else {}
@@ -46,11 +59,12 @@ def eager(input, gate_weight, gate_bias=None, weight=None, bias=None, *, size, m
 )
 @pytest.mark.parametrize("size", [(5, 7), (10, 14), (2, 3), (9, 4)])
 @pytest.mark.parametrize("present", ["gate only", "no bias", "all"])
-def test_values_and_gradients(backend, mode, align_corners, size, present):
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_values_and_gradients(backend, mode, align_corners, size, present, activation):
     tensors = operands(device=DEVICE.get(backend, "cpu"))
     drop = {"gate only": ("gate_bias", "weight", "bias"), "no bias": ("gate_bias", "bias"), "all": ()}[present]
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items() if name not in drop}
-    options = {"size": size, "mode": mode, "align_corners": align_corners}
+    options = {"size": size, "mode": mode, "align_corners": align_corners, "activation": activation}
     output, gate = gsto_ops.gated_scale_transfer(**tensors, **options, return_gate=True)
     expected, expected_gate = eager(**tensors, **options)
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
@@ -129,7 +143,9 @@ def test_autocast_runs_in_its_dtype(backend):
     tensors = {name: tensor.requires_grad_() for name, tensor in operands(dtype=torch.float32).items()}
     with torch.autocast("cpu", torch.bfloat16):
         output, gate = gsto_ops.gated_scale_transfer(**tensors, size=(9, 9), return_gate=True)
-        direct = torch.ops.gsto_ops.gated_scale_transfer(*tensors.values(), (9, 9), "bilinear", False, None, None)[0]
+        direct = torch.ops.gsto_ops.gated_scale_transfer(
+            *tensors.values(), "none", (9, 9), "bilinear", False, None, None
+        )[0]
         supervised = gsto_ops.supervised_gated_scale_transfer(
             tensors["input"], torch.randn(3, 6, 1, 1), None, torch.randn(1, 3, 1, 1), scale_factor=2
         )
@@ -218,6 +234,7 @@ BAD = {
     "scale too small": ({"size": None, "scale_factor": 0.1}, ValueError, "scale_factor=0.1 makes an empty output"),
     "mode": ({"mode": "bicubic"}, ValueError, r"mode must be one of \('bilinear', 'avg', 'nearest'\), got 'bicubic'"),
     "align_corners": ({"mode": "avg", "align_corners": True}, ValueError, "align_corners=True is for mode='bilinear'"),
+    "activation": ({"activation": "gelu"}, ValueError, "activation must be 'relu' or None, got 'gelu'"),
     "align_corners type": ({"align_corners": 1}, TypeError, "align_corners must be a bool, got 1"),
 }
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gsto_ops
 from gsto_ops import GatedScaleTransfer
 
 
@@ -119,3 +120,64 @@ def test_bad_input():
         module(torch.randn(1, 5, 4, 4))
     with pytest.raises(ValueError, match="4 dimensions"):
         module(torch.randn(6, 4, 4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "batch without statistics", "sync-like", "group", "none"])
+def test_gated_norm_transfer_equals_its_steps(norm, training):
+    """Every kind of norm, with running statistics afterwards as the norm's own forward leaves them; gradients too."""
+
+    class OtherNorm(nn.BatchNorm2d):  # a subclass, as SyncBatchNorm is one: must run by itself
+        pass
+
+    modules = {
+        "batch": nn.BatchNorm2d(7, momentum=0.3),
+        "batch without statistics": nn.BatchNorm2d(7, track_running_stats=False),
+        "sync-like": OtherNorm(7, momentum=None),
+        "group": nn.GroupNorm(7, 7),
+        "none": None,
+    }
+    module = modules[norm]
+    gate, projection = nn.Conv2d(6, 1, 1).double(), nn.Conv2d(6, 7, 1, bias=module is None).double()
+    if module is not None:
+        module = module.double().train(training)
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+        if getattr(module, "running_var", None) is not None:
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean)
+    x = torch.randn(2, 6, 5, 9, dtype=torch.float64, requires_grad=True)
+    twin = copy.deepcopy(module)
+
+    y = projection(x * gate(x).sigmoid())
+    expected = F.interpolate((y if twin is None else twin(y)).relu(), size=(11, 12), mode="bilinear")
+    output = gsto_ops.gated_norm_transfer(
+        x, gate.weight, gate.bias, projection, module, activation="relu", size=(11, 12), mode="bilinear"
+    )
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
+    if module is not None:
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[key], msg=key)
+    leaves = [x, *gate.parameters(), *projection.parameters()]
+    seed = torch.randn_like(output)
+    actual = torch.autograd.grad(output, leaves, seed)
+    for a, e in zip(actual, torch.autograd.grad(expected, leaves, seed), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+def test_one_value_per_channel_cannot_be_normalised():
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        GatedScaleTransfer(6, 7, scale_factor=2)(torch.randn(1, 6, 1, 1))
+
+
+def test_cumulative_momentum():
+    module = GatedScaleTransfer(6, 7, scale_factor=1)
+    module.norm.momentum = None
+    batches = torch.randn(3, 2, 6, 4, 4)
+    for batch in batches:
+        module(batch)
+    twin = nn.BatchNorm2d(7, momentum=None)
+    for batch in batches:
+        twin(module.projection(batch * module.gate(batch).sigmoid()))
+    torch.testing.assert_close(module.norm.running_mean, twin.running_mean)
+    torch.testing.assert_close(module.norm.running_var, twin.running_var)

@@ -71,11 +71,11 @@ def test_unsupervised_equals_numpy(in_size, size, mode, align_corners):
     expected, expected_gate = numpy_gsto(
         x.numpy(), rho.flatten().numpy(), b.item(), w[:, :, 0, 0].numpy(), c.numpy(), size, mode, align_corners
     )
-    output, gate = reference.gated_scale_transfer(x, rho, b, w, c, size, mode, align_corners)
+    output, gate = reference.gated_scale_transfer(x, rho, b, w, c, "none", size, mode, align_corners)
     np.testing.assert_allclose(output.numpy(), expected, atol=1e-12)
     np.testing.assert_allclose(gate.numpy(), expected_gate, atol=1e-14)
     expected, _ = numpy_gsto(x.numpy(), rho.flatten().numpy(), 0.0, None, None, size, mode, align_corners)
-    output, _ = reference.gated_scale_transfer(x, rho, None, None, None, size, mode, align_corners)
+    output, _ = reference.gated_scale_transfer(x, rho, None, None, None, "none", size, mode, align_corners)
     np.testing.assert_allclose(output.numpy(), expected, atol=1e-12)
 
 
@@ -85,7 +85,7 @@ def test_given_scale_sets_the_step(mode):
     scale = (1.5, 0.7)
     size = (10, 6)
     arguments = (x.numpy(), rho.flatten().numpy(), b.item(), w[:, :, 0, 0].numpy(), c.numpy(), size, mode, False)
-    output, _ = reference.gated_scale_transfer(x, rho, b, w, c, size, mode, False, scale)
+    output, _ = reference.gated_scale_transfer(x, rho, b, w, c, "none", size, mode, False, scale)
     np.testing.assert_allclose(
         output.numpy(), numpy_gsto(*arguments, scale)[0], atol=1e-6 if mode == "bilinear" else 1e-12
     )
@@ -97,7 +97,7 @@ def test_supervised_equals_numpy():
     w_cls, b_cls = torch.randn(5, 3, 1, 1, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     theta, b = torch.randn(1, 5, 1, 1, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
     output, class_map, gate = reference.supervised_gated_scale_transfer(
-        x, w_cls, b_cls, theta, b, None, None, (3, 2), "avg"
+        x, w_cls, b_cls, theta, b, None, None, "none", (3, 2), "avg"
     )
     expected_map = np.einsum("nchw,oc->nohw", x.numpy(), w_cls[:, :, 0, 0].numpy()) + b_cls.numpy()[:, None, None]
     expected_gate = 1 / (1 + np.exp(-(np.einsum("nchw,c->nhw", expected_map, theta.flatten().numpy()) + b.item())))
@@ -107,19 +107,91 @@ def test_supervised_equals_numpy():
     np.testing.assert_allclose(output.numpy(), pooled.numpy(), atol=1e-14)
 
 
-@pytest.mark.parametrize("mode, align_corners", MODES)
-@pytest.mark.parametrize("in_size, size", SIZES)
-def test_explicit_backward_equals_autograd(in_size, size, mode, align_corners):
-    tensors = [t.requires_grad_() for t in operands(in_size)]
-    output, gate = reference.gated_scale_transfer(*tensors, size, mode, align_corners)
-    grads = torch.randn_like(output), torch.randn_like(gate)
-    expected = torch.autograd.grad((output, gate), tensors, grads)
+def check_backward(forward, backward, tensors, differentiable):
+    """``backward(grads)`` against autograd through ``forward(*tensors)``."""
+    for tensor in differentiable:
+        tensor.requires_grad_()
+    outputs = forward(*tensors)
+    grads = [torch.randn_like(output) for output in outputs]
+    expected = torch.autograd.grad(outputs, differentiable, grads)
     with torch.no_grad():
-        actual = reference.gated_scale_transfer_backward(
-            *grads, tensors[0], gate, tensors[1], tensors[3], mode, align_corners
-        )
+        actual = backward(outputs, grads)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("mode, align_corners", MODES)
+@pytest.mark.parametrize("in_size, size", SIZES)
+def test_gated_scale_transfer_backward(in_size, size, mode, align_corners, activation):
+    x, rho, _b, w, c = tensors = operands(in_size)
+    check_backward(
+        lambda *t: reference.gated_scale_transfer(*t, activation, size, mode, align_corners),
+        lambda outputs, grads: reference.gated_scale_transfer_backward(
+            *grads, x, outputs[1], rho, w, c, activation, mode, align_corners
+        ),
+        tensors,
+        tensors,
+    )
+
+
+def test_gated_projection():
+    x, rho, b, w, _ = operands((5, 7))
+    output, _, mean, var = reference.gated_projection(x, rho, b, w)
+    expected, _ = numpy_gsto(
+        x.numpy(), rho.flatten().numpy(), b.item(), w[:, :, 0, 0].numpy(), None, (5, 7), "nearest", False
+    )
+    np.testing.assert_allclose(output.numpy(), expected, atol=1e-13)
+    np.testing.assert_allclose(mean.numpy(), expected.mean((0, 2, 3)), atol=1e-13)
+    np.testing.assert_allclose(var.numpy(), expected.var((0, 2, 3)), atol=1e-13)
+    check_backward(
+        reference.gated_projection,
+        lambda outputs, grads: reference.gated_projection_backward(
+            *grads, x, outputs[1], rho, w, outputs[0], outputs[2]
+        ),
+        (x, rho, b, w),
+        (x, rho, b, w),
+    )
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("mode, align_corners", MODES)
+@pytest.mark.parametrize("in_size, size", SIZES)
+def test_affine_scale_transfer(in_size, size, mode, align_corners, activation):
+    x, *_ = operands(in_size)
+    scale, shift = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    output = reference.affine_scale_transfer(x, scale, shift, activation, size, mode, align_corners)
+    affine = x.numpy() * scale.numpy()[:, None, None] + shift.numpy()[:, None, None]
+    affine = np.maximum(affine, 0) if activation == "relu" else affine
+    rows, columns = (axis_matrix(i, o, mode, align_corners) for i, o in zip(in_size, size, strict=True))
+    np.testing.assert_allclose(output.numpy(), np.einsum("ph,qw,nchw->ncpq", rows, columns, affine), atol=1e-12)
+    check_backward(
+        lambda *t: (reference.affine_scale_transfer(*t, activation, size, mode, align_corners),),
+        lambda outputs, grads: reference.affine_scale_transfer_backward(
+            *grads, x, scale, shift, activation, mode, align_corners
+        ),
+        (x, scale, shift),
+        (x, scale, shift),
+    )
+
+
+def test_gated_pyramid_pool():
+    x, *_ = operands((7, 9))
+    rho, b = torch.randn(3, 3, 1, 1, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    bins = [1, 2, 6]
+    pooled, gate = reference.gated_pyramid_pool(x, rho, b, bins)
+    for k, cells in enumerate(pooled.split([n * n for n in bins], 2)):
+        n = bins[k]
+        row = rho[k].flatten().numpy()
+        expected, expected_gate = numpy_gsto(x.numpy(), row, b[k].item(), None, None, (n, n), "avg", False)
+        np.testing.assert_allclose(cells.numpy(), expected.reshape(2, 3, -1), atol=1e-13)
+        np.testing.assert_allclose(gate[:, k : k + 1].numpy(), expected_gate, atol=1e-14)
+    check_backward(
+        lambda *t: reference.gated_pyramid_pool(*t, bins),
+        lambda outputs, grads: reference.gated_pyramid_pool_backward(*grads, x, outputs[1], rho, bins),
+        (x, rho, b),
+        (x, rho, b),
+    )
 
 
 def test_identities_hold():

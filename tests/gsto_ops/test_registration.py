@@ -5,10 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gsto_ops
-from gsto_ops.registration import layout_of
+from gsto_ops.ops import layout_of
 
-OP = torch.ops.gsto_ops.gated_scale_transfer.default
-BACKWARD = torch.ops.gsto_ops.gated_scale_transfer_backward.default
+OPS = torch.ops.gsto_ops
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
 RESAMPLINGS = [
     ((8, 10), "bilinear", False, None, None),
     ((8, 10), "bilinear", True, None, None),
@@ -18,84 +18,141 @@ RESAMPLINGS = [
 ]
 
 
-def operands(dtype=torch.float64, memory_format=torch.contiguous_format, projects=True, requires_grad=True, batch=2):
-    tensors = [
-        torch.randn(batch, 3, 4, 5, dtype=dtype).to(memory_format=memory_format),
-        torch.randn(1, 3, 1, 1, dtype=dtype),
-        torch.randn(1, dtype=dtype),
-    ]
-    tensors += [torch.randn(2, 3, 1, 1, dtype=dtype), torch.randn(2, dtype=dtype)] if projects else [None, None]
-    return [t if t is None else t.requires_grad_(requires_grad) for t in tensors]
+def cases(dtype=torch.float64, memory_format=NCHW, batch=2):
+    """name -> (operator, differentiable operands, other arguments), with every optional operand present and absent."""
+
+    def make(*shape):
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    def image():
+        return torch.randn(batch, 3, 4, 5, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+
+    def vector(size):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.randn(size, dtype=wide).requires_grad_()
+
+    found = {}
+    for resampling in RESAMPLINGS:
+        name = "-".join(str(part) for part in resampling[:3])
+        for activation in ("none", "relu"):
+            gated = (image(), make(1, 3, 1, 1), make(1), make(2, 3, 1, 1), make(2))
+            found[f"gated_scale_transfer-{name}-{activation}"] = (
+                "gated_scale_transfer",
+                gated,
+                (activation, *resampling),
+            )
+            affine = (image(), vector(3), vector(3))
+            found[f"affine_scale_transfer-{name}-{activation}"] = (
+                "affine_scale_transfer",
+                affine,
+                (activation, *resampling),
+            )
+    gate_only = (image(), make(1, 3, 1, 1), None, None, None)
+    found["gated_scale_transfer-gate-only"] = ("gated_scale_transfer", gate_only, ("none", *RESAMPLINGS[0]))
+    found["gated_projection"] = ("gated_projection", (image(), make(1, 3, 1, 1), make(1), make(2, 3, 1, 1)), ())
+    found["gated_projection-no-bias"] = ("gated_projection", (image(), make(1, 3, 1, 1), None, make(2, 3, 1, 1)), ())
+    found["gated_pyramid_pool"] = ("gated_pyramid_pool", (image(), make(2, 3, 1, 1), make(2)), ([1, 3],))
+    found["gated_pyramid_pool-no-bias"] = ("gated_pyramid_pool", (image(), make(3, 3, 1, 1), None), ([2, 3, 6],))
+    return found
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("projects", [True, False])
-@pytest.mark.parametrize("resampling", RESAMPLINGS)
-def test_opcheck_forward(resampling, projects, memory_format):
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(OP, (*operands(dtype, memory_format, projects), *resampling))
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+@pytest.mark.parametrize("case", cases())
+def test_opcheck_forward(case, memory_format):
+    name, operands, others = cases(torch.float32, memory_format)[case]
+    torch.library.opcheck(getattr(OPS, name).default, (*operands, *others))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("projects", [True, False])
-def test_opcheck_backward(projects, memory_format):
-    input, gate_weight, _, weight, _ = operands(torch.float32, memory_format, projects, requires_grad=False)
-    grad_output, gate = torch.randn(2, 2 if projects else 3, 8, 10), torch.rand(2, 1, 4, 5)
-    for grad_gate in (None, torch.randn_like(gate)):
-        torch.library.opcheck(BACKWARD, (grad_output, grad_gate, input, gate, gate_weight, weight, *RESAMPLINGS[0][1:]))
+def backward_arguments(name, operands, others, optional_grads):
+    """The arguments of ``name_backward``, from a run of the forward operator."""
+    operands = [o if o is None else o.detach() for o in operands]
+    outputs = getattr(OPS, name)(*operands, *others)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn_like(o) if i == 0 or optional_grads else None for i, o in enumerate(outputs)]
+    x, *rest = operands
+    if name == "gated_scale_transfer":
+        rho, _, weight, bias = rest
+        return (*grads, x, outputs[1], rho, weight, bias, others[0], *others[2:])
+    if name == "gated_projection":
+        rho, _, weight = rest
+        return (*grads, x, outputs[1], rho, weight, outputs[0], outputs[2])
+    if name == "affine_scale_transfer":
+        return (*grads, x, *rest, others[0], *others[2:])
+    return (*grads, x, outputs[1], rest[0], *others)
 
 
-@pytest.mark.parametrize("projects", [True, False])
-@pytest.mark.parametrize("resampling", RESAMPLINGS)
-def test_gradcheck(resampling, projects):
-    torch.autograd.gradcheck(lambda *t: OP(*t, *resampling), operands(projects=projects))
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+@pytest.mark.parametrize("optional_grads", [True, False])
+@pytest.mark.parametrize("case", [case for case in cases() if "(8, 10)-bilinear-True" not in case])
+def test_opcheck_backward(case, optional_grads, memory_format):
+    name, operands, others = cases(torch.float32, memory_format)[case]
+    arguments = backward_arguments(name, operands, others, optional_grads)
+    torch.library.opcheck(
+        getattr(OPS, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
-@pytest.mark.parametrize("resampling", [RESAMPLINGS[0], RESAMPLINGS[3]])
-def test_double_backward(resampling):
-    torch.autograd.gradgradcheck(lambda *t: OP(*t, *resampling), operands(batch=1))
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+@pytest.mark.parametrize("case", cases())
+def test_gradcheck(case, memory_format):
+    name, operands, others = cases(memory_format=memory_format)[case]
+    torch.autograd.gradcheck(lambda *t: getattr(OPS, name)(*t, *others), operands)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if "relu" not in case and "nearest" not in case])
+def test_double_backward(case):
+    name, operands, others = cases(batch=1)[case]
+    torch.autograd.gradgradcheck(lambda *t: getattr(OPS, name)(*t, *others), operands)
 
 
 def test_frozen_parameters_get_no_gradient():
-    tensors = operands()
+    name, operands, others = cases()["gated_scale_transfer-(8, 10)-bilinear-False-none"]
     for frozen in (0, 3):
-        tensors[frozen].requires_grad_(False)
-    output, _ = OP(*tensors, *RESAMPLINGS[0])
+        operands[frozen].requires_grad_(False)
+    output, _ = getattr(OPS, name)(*operands, *others)
     output.sum().backward()
-    assert [t.grad is not None for t in tensors] == [False, True, True, False, True]
+    assert [t.grad is not None for t in operands] == [False, True, True, False, True]
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x,
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x[:, :, ::2],
-        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:, :1].expand(-1, 6, -1, -1),
-        lambda x: x[:, :1],
-        lambda x: x[:, :, :1, :1],
-        lambda x: x[:, 1:5].to(memory_format=torch.channels_last)[:, 1:3],
-    ],
-)
+VIEWS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=NHWC),
+    "sliced rows": lambda x: x[:, :, ::2],
+    "sliced channels_last": lambda x: x.to(memory_format=NHWC)[:, :, 1:, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:, :1].expand(-1, 6, -1, -1),
+    "one channel": lambda x: x[:, :1],
+    "one pixel": lambda x: x[:, :, :1, :1],
+    "sliced channels": lambda x: x[:, 1:5].to(memory_format=NHWC)[:, 1:3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("size", [(6, 5), (3, 2), (11, 13)])
 def test_fake_strides_are_the_real_ones(view, size):
-    input = view(torch.randn(2, 6, 6, 5))
-    channels = input.shape[1]
-    weights = torch.randn(1, channels, 1, 1), None, torch.randn(4, channels, 1, 1), None
-    real = OP(input, *weights, size, "bilinear", False, None, None)
-    backward = (real[0], None, input, real[1], weights[0], weights[2], "bilinear", False, None, None)
-    real += BACKWARD(*backward)
-    assert real[0].is_contiguous(memory_format=layout_of(input))
-    with FakeTensorMode() as mode:
-
-        def fake(arguments):
-            return [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-
-        faked = OP(*fake((input, *weights)), size, "bilinear", False, None, None) + BACKWARD(*fake(backward))
-    for r, f in zip(real, faked, strict=True):
-        assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+    x = VIEWS[view](torch.randn(2, 6, 6, 5))
+    channels = x.shape[1]
+    rho, weight = torch.randn(1, channels, 1, 1), torch.randn(4, channels, 1, 1)
+    affine = torch.randn(channels), torch.randn(channels)
+    resampling = (size, "bilinear", False, None, None)
+    calls = [
+        ("gated_scale_transfer", (x, rho, None, weight, None), ("none", *resampling)),
+        ("affine_scale_transfer", (x, *affine), ("relu", *resampling)),
+        ("gated_projection", (x, rho, None, weight), ()),
+        ("gated_pyramid_pool", (x, torch.cat([rho, rho]), None), ([1, 2],)),
+    ]
+    for name, operands, others in calls:
+        backward = backward_arguments(name, operands, others, optional_grads=False)
+        for operator, arguments in ((name, (*operands, *others)), (f"{name}_backward", backward)):
+            real = getattr(OPS, operator)(*arguments)
+            with FakeTensorMode() as mode:
+                faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+                fake = getattr(OPS, operator)(*faked)
+            real, fake = ((r if isinstance(r, tuple) else (r,)) for r in (real, fake))
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), operator
+            if not operator.startswith("gated_pyramid_pool"):
+                assert real[0].is_contiguous(memory_format=layout_of(x)), operator
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

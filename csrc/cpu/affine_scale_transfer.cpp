@@ -1,0 +1,65 @@
+// torch.ops.gsto_ops.affine_scale_transfer and its backward on the CPU. The schemas are those of gsto_ops/ops.
+#include "cpu/binding.h"
+
+namespace gsto::cpu {
+namespace {
+
+AffineScaleTransferParams common_params(const Operator& op, const Tensor& scale, const Tensor& shift,
+                                        StringHandle activation) {
+  AffineScaleTransferParams p;
+  p.relu = op.relu(activation);
+  p.dtype = op.dtype;
+  p.batch = op.batch;
+  p.channels = op.channels;
+  p.in_height = op.height;
+  p.in_width = op.width;
+  op.check("scale", scale, {p.channels}, true);
+  op.check("shift", shift, {p.channels}, true);
+  p.input = view(op.input);
+  p.scale = view(scale);
+  p.shift = view(shift);
+  return p;
+}
+
+Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& shift, StringHandle activation,
+               std::vector<int64_t> size, StringHandle mode, bool align_corners, std::optional<double> scale_h,
+               std::optional<double> scale_w) {
+  const Operator op("affine_scale_transfer", input);
+  AffineScaleTransferParams p = common_params(op, scale, shift, activation);
+  const auto [out_height, out_width] = op.output_size(size);
+  const Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
+  const Tensor output = op.new_map(p.channels, out_height, out_width);
+  p.output = view(output);
+  chosen_kernels().affine_scale_transfer(resampling.forward(), p);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                            const Tensor& shift, StringHandle activation, StringHandle mode,
+                                            bool align_corners, std::optional<double> scale_h,
+                                            std::optional<double> scale_w) {
+  const Operator op("affine_scale_transfer_backward", input);
+  AffineScaleTransferParams p = common_params(op, scale, shift, activation);
+  STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", op.name, ": grad_output must be (N, C, H', W'), got ",
+                  shape_of(grad_output));
+  const auto [out_height, out_width] = op.output_size({grad_output.size(2), grad_output.size(3)});
+  const Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
+  op.check("grad_output", grad_output, {p.batch, p.channels, out_height, out_width});
+  p.grad_output = view(grad_output);
+
+  const Tensor grad_input = op.new_map(p.channels, p.in_height, p.in_width);
+  const Tensor grad_scale = op.new_statistics(p.channels), grad_shift = op.new_statistics(p.channels);
+  p.grad_input = view(grad_input);
+  p.grad_scale = grad_scale.data_ptr();
+  p.grad_shift = grad_shift.data_ptr();
+  chosen_kernels().affine_scale_transfer_backward(TransposedResampling(resampling).backward(), p);
+  return {grad_input, grad_scale, grad_shift};
+}
+
+}  // namespace
+}  // namespace gsto::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gsto_ops, CPU, m) {
+  m.impl("affine_scale_transfer", TORCH_BOX(&gsto::cpu::forward));
+  m.impl("affine_scale_transfer_backward", TORCH_BOX(&gsto::cpu::backward));
+}

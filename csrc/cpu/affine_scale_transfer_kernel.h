@@ -1,0 +1,194 @@
+// affine_scale_transfer, forward and backward: output = R act(scale_c x + shift_c). Included once per instruction set.
+#pragma once
+
+namespace gsto::cpu::GSTO_ISA {
+
+template <class S>
+struct AffineScaleTransfer {
+  using A = Accumulate<S>;
+
+  const Call& call;
+  const AffineScaleTransferParams& p;
+  const int64_t row;
+  const bool identity;
+  const Buffer<A> scale, shift;
+
+  AffineScaleTransfer(const Call& c, const AffineScaleTransferParams& params)
+      : call(c),
+        p(params),
+        row(padded<A>(p.channels)),
+        identity(c.rows.identity && c.cols.identity),
+        scale(row),
+        shift(row) {
+    fill_padded<A>(p.scale, p.scale.stride_n, p.channels, scale.data());
+    fill_padded<A>(p.shift, p.shift.stride_n, p.channels, shift.data());
+  }
+
+  Vec<A> activate(Vec<A> value) const { return p.relu ? (value < 0 ? Vec<A>{} : value) : value; }
+
+  void affine_pixels(A* tile, int64_t count) const {
+    for (int64_t c = 0; c < row; c += kLanes<A>) {
+      const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
+      for (int64_t i = c; i < count * row; i += row) store(tile + i, factor * load(tile + i) + offset);
+    }
+    if (p.relu) relu_pixels(tile, count * row);
+  }
+
+  auto load_input() const {
+    return [this](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+      load_pixels<S>(p.input, p.channels, n, h, w, count, buffer);
+      affine_pixels(buffer, count);
+      return static_cast<const A*>(buffer);
+    };
+  }
+
+  auto store_output() const {
+    return [this](int64_t n, int64_t h, int64_t w, int64_t count, const A* pixels) {
+      store_pixels<S>(p.output, p.channels, n, h, w, count, pixels);
+    };
+  }
+
+  // Pixels of a pass without resampling, in tiles that stay in L1.
+  Pixels pixels_of(const TensorView& gradient) const {
+    const bool collapse =
+        collapsible(p.input, p.in_height, p.in_width) && collapsible(gradient, p.in_height, p.in_width);
+    return Pixels(p.batch, p.in_height, p.in_width, collapse, tile_pixels<A>(p.channels, 16));
+  }
+
+  void forward() const {
+    if (!identity) {
+      const Blocks<A> blocks(p.batch, call.rows, call.cols, p.channels);
+      resample(call, blocks, p.channels, load_input(), store_output());
+    } else if (planar(p.input) && planar(p.output)) {
+      forward_planes();
+    } else {
+      const Pixels pixels = pixels_of({});
+      const auto load_tile = load_input();
+      const auto store_tile = store_output();
+      parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
+        const Buffer<A> tile(pixels.chunk * row);
+        pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+          store_tile(n, h, w, count, load_tile(n, h, w, count, tile.data()));
+        });
+      });
+    }
+  }
+
+  // NCHW without resampling needs no transposition: calls f(n, c, h, pixels) for each plane, or for its rows.
+  template <class F>
+  void visit_planes(const Pixels& lines, int64_t begin, int64_t end, const F& f) const {
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t h = 0; h < lines.height; ++h) f(task / p.channels, task % p.channels, h, lines.width);
+  }
+
+  void forward_planes() const {
+    const Pixels lines = pixels_of({});
+    parallel_for(call, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+      visit_planes(lines, begin, end, [&](int64_t n, int64_t c, int64_t h, int64_t width) {
+        const S* from = pixel<S>(p.input, n, h, 0) + c * p.input.stride_c;
+        S* to = mutable_pixel<S>(p.output, n, h, 0) + c * p.output.stride_c;
+        const A factor = scale.data()[c], offset = shift.data()[c];
+        for_blocks<A>(width, [&](int64_t first, int64_t valid) {
+          if (valid == kLanes<A>) {
+            store(to + first, activate(factor * load(from + first) + offset));
+          } else {
+            store_some(to + first, activate(factor * load_some(from + first, valid) + offset), valid);
+          }
+        });
+      });
+    });
+  }
+
+  // From u, the gradient of act's result, makes grad_input's values and adds to the sums of scale and shift.
+  Vec<A> backward_vector(Vec<A> u, Vec<A> x, Vec<A> factor, Vec<A> offset, Vec<A>* sums) const {
+    if (p.relu) u = factor * x + offset > 0 ? u : Vec<A>{};
+    sums[0] += u * x;
+    sums[1] += u;
+    return factor * u;
+  }
+
+  void backward_pixels(const A* x, int64_t count, A* u, A* sums) const {
+    for (int64_t c = 0; c < row; c += kLanes<A>) {
+      const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
+      Vec<A> sum[2] = {};
+      for (int64_t i = c; i < count * row; i += row)
+        store(u + i, backward_vector(load(u + i), load(x + i), factor, offset, sum));
+      for (int64_t s = 0; s < 2; ++s) store(sums + s * row + c, load(sums + s * row + c) + sum[s]);
+    }
+  }
+
+  void backward() const {
+    if (identity && planar(p.input) && planar(p.grad_output) && planar(p.grad_input)) return backward_planes();
+    const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* u, A* x, A* sums) {
+      load_pixels<S>(p.input, p.channels, n, h, w, count, x);
+      backward_pixels(x, count, u, sums);
+      store_pixels<S>(p.grad_input, p.channels, n, h, w, count, u);
+    };
+    const auto load_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+      load_pixels<S>(p.grad_output, p.channels, n, h, w, count, buffer);
+      return static_cast<const A*>(buffer);
+    };
+    const Pixels pixels = pixels_of(p.grad_output);
+    const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels);
+    Reduction<A> reduction(identity ? pixels.tasks() : blocks.tasks(), 2 * row);
+    reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
+      const Buffer<A> x((identity ? pixels.chunk : blocks.width) * row);
+      if (identity) {
+        const Buffer<A> u(pixels.chunk * row);
+        pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+          load_gradient(n, h, w, count, u.data());
+          finish(n, h, w, count, u.data(), x.data(), sums);
+        });
+        return;
+      }
+      const BlockResampler<A> resampler(blocks, row);
+      const Buffer<A> buffer(blocks.input_width() * row);
+      for (int64_t task = begin; task < end; ++task)
+        resample_block(
+            blocks, blocks.block(task), resampler, buffer.data(), load_gradient,
+            [&](int64_t n, int64_t h, int64_t w, int64_t count, A* u) { finish(n, h, w, count, u, x.data(), sums); });
+    });
+    reduction.template store_totals<A>(0, p.channels, p.grad_scale);
+    reduction.template store_totals<A>(row, p.channels, p.grad_shift);
+  }
+
+  void backward_planes() const {
+    const Pixels lines = pixels_of(p.grad_output);
+    const Buffer<A> sums(2 * p.batch * p.channels);  // of each plane
+    parallel_for(call, p.batch * p.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 2 * begin; i < 2 * end; ++i) sums.data()[i] = 0;
+      visit_planes(lines, begin, end, [&](int64_t n, int64_t c, int64_t h, int64_t width) {
+        const S* x = pixel<S>(p.input, n, h, 0) + c * p.input.stride_c;
+        const S* grad = pixel<S>(p.grad_output, n, h, 0) + c * p.grad_output.stride_c;
+        S* to = mutable_pixel<S>(p.grad_input, n, h, 0) + c * p.grad_input.stride_c;
+        const Vec<A> factor = Vec<A>{} + scale.data()[c], offset = Vec<A>{} + shift.data()[c];
+        Vec<A> sum[2] = {};
+        int64_t i = 0;
+        for (; i + kLanes<A> <= width; i += kLanes<A>)
+          store(to + i, backward_vector(load(grad + i), load(x + i), factor, offset, sum));
+        if (i < width) {
+          const Vec<A> u = load_some(grad + i, width - i), value = load_some(x + i, width - i);
+          store_some(to + i, backward_vector(u, value, factor, offset, sum), width - i);
+        }
+        for (int64_t s = 0; s < 2; ++s) sums.data()[2 * (n * p.channels + c) + s] += sum_lanes<A>(sum[s]);
+      });
+    });
+    for (int64_t c = 0; c < p.channels; ++c) {
+      A totals[2] = {};
+      for (int64_t n = 0; n < p.batch; ++n)
+        for (int64_t s = 0; s < 2; ++s) totals[s] += sums.data()[2 * (n * p.channels + c) + s];
+      static_cast<A*>(p.grad_scale)[c] = totals[0];
+      static_cast<A*>(p.grad_shift)[c] = totals[1];
+    }
+  }
+};
+
+inline void affine_scale_transfer(const Call& call, const AffineScaleTransferParams& params) {
+  with_storage_type(params.dtype, [&](auto type) { AffineScaleTransfer<decltype(type)>(call, params).forward(); });
+}
+
+inline void affine_scale_transfer_backward(const Call& call, const AffineScaleTransferParams& params) {
+  with_storage_type(params.dtype, [&](auto type) { AffineScaleTransfer<decltype(type)>(call, params).backward(); });
+}
+
+}  // namespace gsto::cpu::GSTO_ISA

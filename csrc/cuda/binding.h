@@ -1,0 +1,131 @@
+// What the bindings of the CUDA operators share: checks, outputs and workspaces from torch's allocator, and launches by
+// their plans. torch's stable ABI only. With GSTO_EMULATE_CUDA the same bindings serve CPU tensors, through the
+// emulator.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+#if defined(GSTO_EMULATE_CUDA)
+#define GSTO_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(gsto_emulated, CPU, m)
+#else
+#define GSTO_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(gsto_ops, CUDA, m)
+#endif
+
+namespace gsto::cuda {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Of the map between two passes: see images_per_chunk(). The emulator's maps are small.
+#if defined(GSTO_EMULATE_CUDA)
+constexpr int64_t kChunkBytes = int64_t{16} << 10;
+#else
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
+#endif
+
+// Whether float32 products may use TF32 is asked of this function at every float32 call; the stable ABI does not show
+// torch's own setting. Never, until it is set.
+void set_tf32_policy(bool (*allowed)());
+
+// The resampling of a call along both axes.
+struct Resampling {
+  Axis rows, cols;
+  bool identity() const { return is_identity(rows) && is_identity(cols); }
+  bool shrinks() const { return int64_t{rows.out} * cols.out < int64_t{rows.in} * cols.in; }
+};
+
+// One call of an operator: its name, its input, and what follows from the input.
+class Call {
+ public:
+  Call(const char* op, const Tensor& input);
+
+  const char* op;
+  Tensor input;  // dense in its format; a sliced or expanded one is copied
+  Format format;
+  int64_t batch, pixels;
+  int channels, height, width;
+  int element_size, sms;
+  cudaStream_t stream;
+
+  // Throws unless the tensor has the shape, and the input's dtype and device.
+  void check(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
+             bool is_float32 = false) const;
+  bool relu(StringHandle activation) const;
+  Resampling resampling(int64_t height, int64_t width, StringHandle mode, bool align_corners,
+                        std::optional<double> scale_h, std::optional<double> scale_w) const;
+
+  // A map in the input's format, dense, for the kernels to read. (The copy is the price of any other layout.)
+  Tensor dense(const Tensor& map) const;
+  Tensor new_map(int64_t channels, int64_t height, int64_t width, int64_t images = -1) const;  // in the input's format
+  Tensor new_tensor(const std::vector<int64_t>& shape) const;  // contiguous, of the input's dtype
+  Tensor new_floats(const std::vector<int64_t>& shape) const;  // contiguous float32: results and workspaces
+  void launched(cudaError_t error) const;                      // throws unless it is cudaSuccess
+
+  // z = act(W (g x) + bias) of a (N, C, H, W) map, with the gate made (gate_weight), given (gate alone) or absent.
+  struct Gate {
+    OptionalTensor weight, bias, values;
+  };
+  void project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Gate& gate, bool relu,
+               const Tensor& z, float* statistics = nullptr) const;
+  // dest = R act(g x); makes the gate.
+  void gate_resample(const Gate& gate, bool relu, const Resampling& r, const Tensor& dest) const;
+  void resample(const Resampling& r, const Tensor& source, const Tensor& dest, const OptionalTensor& gate,
+                bool relu) const;
+  // dest = m R^T source with m = [mask > 0], or 1.
+  void resample_transposed(const Resampling& r, const Tensor& source, const Tensor& dest,
+                           const OptionalTensor& mask) const;
+  void resample_with(ResampleParams params, const Resampling& r, const Tensor& source, const Tensor& dest,
+                     int blocks = 0) const;
+  TapPlan plan_taps(const Resampling& r, bool transposed) const;
+
+  struct GateGradients {
+    Tensor input, weight, bias;
+  };
+  struct GateOperands {
+    const Tensor& gate;
+    const Tensor& gate_weight;
+    const OptionalTensor& grad_gate;
+  };
+  GateGradients new_gate_gradients(const Tensor& gate_weight) const;
+  // From du = R^T source.
+  void gate_backward(const Resampling& r, const Tensor& source, const GateOperands& operands, bool relu,
+                     const GateGradients& grads) const;
+  // From dz, with du = W^T dz.
+  void project_backward(const Gradient& dz, const Tensor& weight, const GateOperands& operands,
+                        const GateGradients& grads) const;
+  // du = W^T dz of a map of `per_image` pixels.
+  void project_transposed(const Gradient& dz, const Tensor& weight, int64_t per_image, const Tensor& du) const;
+  Resampling identity() const;
+  void weight_gradient(const Gradient& dz, const Tensor& x, const OptionalTensor& gate, int64_t pixels,
+                       const Tensor& weight, const Tensor& grad_weight, const OptionalTensor& grad_bias) const;
+  void sum_rows(const Tensor& sums, int64_t rows, int64_t count, int64_t tail_begin, void* to, void* tail,
+                ScalarType dtype) const;
+
+ private:
+  ProjectBackwardParams product_backward(const Gradient& dz, const Tensor& weight, int64_t per_image,
+                                         const Tensor& du) const;
+  torch::stable::accelerator::DeviceIndex device_index() const;
+#if !defined(GSTO_EMULATE_CUDA)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+std::string shape_of(const Tensor& tensor);
+std::string text_of(StringHandle handle);
+
+inline const void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+
+}  // namespace gsto::cuda

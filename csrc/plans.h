@@ -1,0 +1,203 @@
+// Launch plans: tile sizes, grid sizes and split factors as pure functions of shapes, element size and multiprocessor
+// count. Neither torch nor CUDA is needed, so the tests call them on any machine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <set>
+
+#include "cuda/axis.h"
+
+namespace gsto::cuda {
+
+constexpr int kThreads = 128;    // of every kernel
+constexpr int kTilePixels = 64;  // of every tile of pixels
+constexpr int kTileRows = 64;    // output channels per product tile
+constexpr int kMaxLevels = 16;   // of a pyramid
+constexpr int kMaxCuts = 128;    // of a pyramid, per axis
+
+// Blocks of 128 threads that a multiprocessor holds at a time: the products' register limit.
+constexpr int kResident = 3;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a kernel whose blocks take tile after tile, because each of them ends with a row of partial sums: two
+// rounds of all multiprocessors, for balance; the sums then are a few percent of the traffic.
+inline int persistent_blocks(int64_t tiles, int sms) {
+  return static_cast<int>(std::min<int64_t>(tiles, int64_t{2} * kResident * sms));
+}
+
+// Row tiles (64 output channels) that one block of a product takes in turn: all of them, as the later ones find the
+// pixels in L1, unless that leaves multiprocessors idle.
+inline int row_tiles_per_block(int64_t pixel_tiles, int rows, int sms) {
+  const int64_t row_tiles = std::max<int64_t>(1, ceil_div(rows, kTileRows));
+  const int64_t groups = ceil_div(int64_t{kResident} * sms, std::max<int64_t>(1, pixel_tiles));
+  return static_cast<int>(ceil_div(row_tiles, std::min(row_tiles, groups)));
+}
+
+// Whether the backward of the projection keeps du of 64 pixels in shared memory: 50 KiB at 192 channels, so that two
+// blocks fit with their operands. Above, du takes the way through grad_input.
+inline bool fuses_project_backward(int channels) { return channels <= 192; }
+
+// The pixels of a call as `images` rows of `pixels`. With channels_last all images are one long row, so that no tile is
+// cut at an image's end, as long as 32-bit positions can number it.
+struct PixelRows {
+  int64_t images, pixels;
+};
+
+inline PixelRows pixel_rows(int64_t batch, int64_t pixels, bool channels_last) {
+  if (!channels_last || batch == 0 || batch * pixels >= (int64_t{1} << 31) - kTilePixels) return {batch, pixels};
+  return {1, batch * pixels};
+}
+
+// Images that an operator of two passes takes at a time, so that the map between the passes stays in L2 (50 MB on an
+// H200, 40 MB on an A100) and its workspace, which all of them share, is overwritten there before it is ever written to
+// DRAM.
+inline int64_t images_per_chunk(int64_t batch, int64_t bytes_per_image, int64_t chunk_bytes) {
+  return std::clamp<int64_t>(chunk_bytes / std::max<int64_t>(1, bytes_per_image), 1, std::max<int64_t>(1, batch));
+}
+
+struct SplitPlan {
+  int splits = 1;  // per image
+  int64_t split_pixels = 32;
+};
+
+// Ranges of pixels over which a weight gradient is split: enough blocks for two rounds, at least 256 pixels each (the
+// tile of partial sums that a range writes is as large as 128 pixels of its operands), and at most 64 MiB of partial
+// sums.
+inline SplitPlan plan_weight_gradient(int64_t batch, int64_t pixels, int channels, int out_channels, int sms) {
+  const int64_t tiles = ceil_div(channels, kTileRows) * ceil_div(out_channels, kTileRows);
+  const int64_t row_bytes = 4 * (int64_t{channels} * out_channels + out_channels);
+  const int64_t wanted = std::min(ceil_div(int64_t{2} * kResident * sms, tiles), (int64_t{64} << 20) / row_bytes);
+  const int64_t per_image = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, batch)), 1,
+                                                std::max<int64_t>(1, ceil_div(pixels, 256)));
+  SplitPlan plan;
+  plan.split_pixels = std::max<int64_t>(1, ceil_div(ceil_div(pixels, per_image), 32)) * 32;  // whole steps of k
+  plan.splits = static_cast<int>(ceil_div(pixels, plan.split_pixels));
+  return plan;
+}
+
+// How the pixels of a map are cut into tiles of at most 64.
+struct Tiling {
+  int height = 1, width = 1;            // of the map
+  int tile_height = 1, tile_width = 1;  // tile_width is a power of two, their product at most 64
+};
+
+GSTO_HOST_DEVICE int tiles_of(const Tiling& t) {
+  return (t.height + t.tile_height - 1) / t.tile_height * ((t.width + t.tile_width - 1) / t.tile_width);
+}
+
+struct TapPlan {
+  Tiling tiling;
+  int row_taps = 1, col_taps = 1;
+  int region_pixels = 0;  // gate_resample: most inputs of a tile
+  bool fits = true;
+};
+
+// The narrowest legal tile: a 16-byte unit of an NCHW map lies in one row.
+inline int narrowest(bool channels_last, int element_size) { return channels_last ? 1 : 16 / element_size; }
+
+inline int64_t tap_bytes(const TapPlan& plan) {
+  return 4 * (int64_t{plan.tiling.tile_height} * (plan.row_taps + 2) +
+              int64_t{plan.tiling.tile_width} * (plan.col_taps + 2));
+}
+
+// channels_last tiles are square, for little overlap between the taps of neighbours; NCHW tiles are wide, for long
+// rows.
+inline Tiling starting_tile(int height, int width, bool channels_last, int element_size) {
+  Tiling t{height, width, 1, channels_last ? 8 : 32};
+  while (t.tile_width > narrowest(channels_last, element_size) && t.tile_width / 2 >= width) t.tile_width /= 2;
+  while (t.tile_height < height && t.tile_height * t.tile_width < kTilePixels) t.tile_height *= 2;
+  while (t.tile_width < width && t.tile_height * t.tile_width < kTilePixels) t.tile_width *= 2;
+  return t;
+}
+
+inline bool shrink(Tiling& t, bool rows_first, int least_width) {
+  if (t.tile_height > 1 && (rows_first || t.tile_width / 2 < least_width)) {
+    t.tile_height /= 2;
+  } else if (t.tile_width / 2 >= least_width) {
+    t.tile_width /= 2;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// Tiles of the results of a resampling, or with `transposed` of its inputs: tap tables stay under 32 KiB. Identities
+// are one row.
+inline TapPlan plan_resample(const Axis& rows, const Axis& cols, bool transposed, bool channels_last,
+                             int element_size) {
+  TapPlan plan;
+  plan.row_taps = longest_run(rows, transposed);
+  plan.col_taps = longest_run(cols, transposed);
+  plan.tiling =
+      starting_tile(transposed ? rows.in : rows.out, transposed ? cols.in : cols.out, channels_last, element_size);
+  while (tap_bytes(plan) > (32 << 10) &&
+         shrink(plan.tiling, plan.row_taps * plan.tiling.tile_height > plan.col_taps * plan.tiling.tile_width,
+                narrowest(channels_last, element_size))) {
+  }
+  plan.fits = tap_bytes(plan) <= (96 << 10);
+  return plan;
+}
+
+// Tiles of the results of gate + resampling. The inputs of a tile are read twice: 48 KiB of them leave the second
+// reading to L1. It fits when the gates of the smallest tile take at most 32 KiB of shared memory.
+inline TapPlan plan_gate_resample(const Axis& rows, const Axis& cols, int channels, bool channels_last,
+                                  int element_size) {
+  TapPlan plan = plan_resample(rows, cols, false, channels_last, element_size);
+  const auto region = [&] {
+    return int64_t{longest_region(rows, plan.tiling.tile_height)} * longest_region(cols, plan.tiling.tile_width);
+  };
+  while (region() * channels * element_size > (48 << 10) &&
+         shrink(plan.tiling, plan.tiling.tile_height >= plan.tiling.tile_width || !channels_last,
+                narrowest(channels_last, element_size))) {
+  }
+  plan.fits = plan.fits && region() <= 8192;
+  plan.region_pixels = static_cast<int>(std::min<int64_t>(region(), 8192));
+  return plan;
+}
+
+// Windows of all pyramid levels cut the axes; a cell between cuts lies inside or outside of every window.
+struct Pyramid {
+  int levels = 0;
+  int bins_h[kMaxLevels] = {}, bins_w[kMaxLevels] = {};
+  int row_cuts = 0, col_cuts = 0;  // cells per axis
+  int rows[kMaxCuts + 1] = {}, cols[kMaxCuts + 1] = {};
+  int bands = 1;  // tiles per cell: bands of its rows
+  int total_bins = 0;
+  int step_pixels = kTilePixels;  // pixels between the first and the second reading of x
+};
+
+inline int cut_axis(int length, const int* bins, int levels, int* cuts) {
+  std::set<int> found;
+  for (int k = 0; k < levels; ++k) {
+    for (int64_t b = 0; b < bins[k]; ++b) {
+      found.insert(static_cast<int>(b * length / bins[k]));
+      found.insert(static_cast<int>(((b + 1) * length + bins[k] - 1) / bins[k]));
+    }
+  }
+  if (found.size() > kMaxCuts + 1) return 0;
+  std::copy(found.begin(), found.end(), cuts);
+  return static_cast<int>(found.size()) - 1;
+}
+
+// False when the windows have more than 128 cells along an axis.
+inline bool plan_pyramid(Pyramid& pyramid, int64_t batch, int channels, int height, int width, int element_size,
+                         int sms) {
+  pyramid.row_cuts = cut_axis(height, pyramid.bins_h, pyramid.levels, pyramid.rows);
+  pyramid.col_cuts = cut_axis(width, pyramid.bins_w, pyramid.levels, pyramid.cols);
+  if (pyramid.row_cuts == 0 || pyramid.col_cuts == 0) return false;
+  pyramid.total_bins = 0;
+  for (int k = 0; k < pyramid.levels; ++k) pyramid.total_bins += pyramid.bins_h[k] * pyramid.bins_w[k];
+  // Two rounds of blocks, if the cells' height allows.
+  const int64_t cells = std::max<int64_t>(1, batch * pyramid.row_cuts * pyramid.col_cuts);
+  pyramid.bands =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(int64_t{8} * sms, cells), 1, ceil_div(height, pyramid.row_cuts)));
+  // 64 KiB of x between the two readings: with four blocks on each of 132 multiprocessors 34 MB, which L2 holds.
+  pyramid.step_pixels = kTilePixels;
+  while (pyramid.step_pixels > 16 && int64_t{pyramid.step_pixels} * channels * element_size > (64 << 10))
+    pyramid.step_pixels /= 2;
+  return true;
+}
+
+}  // namespace gsto::cuda

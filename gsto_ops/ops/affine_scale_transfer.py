@@ -1,0 +1,103 @@
+"""``gsto_ops::affine_scale_transfer``: a per-channel affine, activation and resampling in one pass (batch norm's second half)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .library import RESAMPLING, differentiable_backward, empty_like_layout, layout_of, register, scale_of
+
+SCHEMA = f"(Tensor input, Tensor scale, Tensor shift, str activation, SymInt[2] size, {RESAMPLING}) -> Tensor"
+BACKWARD_SCHEMA = (
+    f"(Tensor grad_output, Tensor input, Tensor scale, Tensor shift, str activation, {RESAMPLING}) -> "
+    "(Tensor grad_input, Tensor grad_scale, Tensor grad_shift)"
+)
+
+
+def _kernel(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    size: tuple[int, int],
+    mode: str,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+) -> Tensor:
+    factors = scale_of(scale_h, scale_w)
+    output = reference.affine_scale_transfer(
+        input, scale, shift, activation, (size[0], size[1]), mode, align_corners, factors
+    )
+    return output.contiguous(memory_format=layout_of(input))
+
+
+def _backward_kernel(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    mode: str,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+) -> tuple[Tensor, ...]:
+    factors = scale_of(scale_h, scale_w)
+    grad_input, *grads = reference.affine_scale_transfer_backward(
+        grad_output, input, scale, shift, activation, mode, align_corners, factors
+    )
+    return grad_input.contiguous(memory_format=layout_of(input)), *grads
+
+
+def _fake(input: Tensor, scale: Tensor, shift: Tensor, activation: str, size: tuple[int, int], *others: Any) -> Tensor:
+    return empty_like_layout(input, (*input.shape[:2], *size))
+
+
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, scale: Tensor, shift: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return empty_like_layout(input, input.shape), scale.new_empty(scale.shape), shift.new_empty(shift.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, scale, shift, ctx.activation, _, *ctx.resampling = inputs
+    ctx.save_for_backward(input, scale, shift)
+    ctx.size = tuple(output.shape[-2:])
+
+
+def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    operands = ctx.saved_tensors
+    mode, align_corners, *factors = ctx.resampling
+    no_grads = (None,) * (2 + len(ctx.resampling))
+    if torch.is_grad_enabled():
+        function = partial(
+            reference.affine_scale_transfer,
+            activation=ctx.activation,
+            size=ctx.size,
+            mode=mode,
+            align_corners=align_corners,
+            scale_factors=scale_of(*factors),
+        )
+        grads = differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output,))
+        return *grads, *no_grads
+    found = operator(grad_output, *operands, ctx.activation, *ctx.resampling)
+    return *found, *no_grads
+
+
+# No autocast rule: the map keeps its dtype, and the affine is float32 whatever the map's.
+register(
+    "affine_scale_transfer",
+    SCHEMA,
+    _kernel,
+    _fake,
+    BACKWARD_SCHEMA,
+    _backward_kernel,
+    _backward_fake,
+    _setup_context,
+    _backward,
+    autocast=False,
+)

@@ -1,0 +1,125 @@
+"""What the operators' registrations share: the library, the layout rule, double backward, autocast.
+
+Each operator has a file of its own with its schema, default kernel, fake kernel and autograd formula, and is defined twice:
+
+- ``torch.ops.gsto_ops``: the plain PyTorch form is the default kernel (CompositeExplicitAutograd), so every operator runs on
+  every device; the compiled extensions override it for the devices that they have kernels for.
+- ``torch.ops.gsto_triton``: the same operator with Triton's kernels, so that both can be called in one process.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+libraries = {name: torch.library.Library(name, "DEF") for name in ("gsto_ops", "gsto_triton")}
+# The arguments that say how to resample, the same in every schema; scale_h and scale_w are F.interpolate's scale_factor.
+RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
+
+
+def layout_of(input: Tensor) -> torch.memory_format:
+    """The memory format that results take from ``input``: channels_last when its channels are adjacent, else contiguous."""
+    channels_last = input.stride(1) == 1 and input.stride(3) > 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def scale_of(scale_h: float | None, scale_w: float | None) -> tuple[float, float] | None:
+    return None if scale_h is None or scale_w is None else (scale_h, scale_w)
+
+
+def empty_like_layout(input: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor of this shape in the layout of ``input``: what the native kernels allocate."""
+    return input.new_empty(shape).to(memory_format=layout_of(input))
+
+
+def register(
+    name: str,
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    backward_schema: str,
+    backward_kernel: Callable,
+    backward_fake: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    autocast: bool = True,
+) -> None:
+    """Defines ``name`` and ``name_backward`` in both namespaces with all that the dispatcher asks of them.
+
+    ``backward`` is called with the packet of ``name_backward`` in the namespace of the forward call, the context, and the grads.
+    """
+    for namespace, library in libraries.items():
+        packet = getattr(torch.ops, namespace)
+        for operator, direction, signature, implementation, meta in (
+            (name, "forward", schema, kernel, fake),
+            (f"{name}_backward", "backward", backward_schema, backward_kernel, backward_fake),
+        ):
+            library.define(operator + signature)
+            if namespace == "gsto_ops":
+                library.impl(operator, implementation, "CompositeExplicitAutograd")
+            else:
+                for key in ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",):
+                    library.impl(operator, partial(_triton_kernel, name, direction), key)
+            torch.library.register_fake(f"{namespace}::{operator}", meta, lib=library)
+        torch.library.register_autograd(
+            f"{namespace}::{name}",
+            partial(backward, getattr(packet, f"{name}_backward")),
+            setup_context=setup_context,
+            lib=library,
+        )
+        if autocast:
+            for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+                library.impl(name, _autocast_kernel(getattr(packet, name), device_type, key), key)
+
+
+def _triton_kernel(name: str, direction: str, *args: Any) -> Any:
+    # Imported at the first call: importing gsto_ops needs no Triton.
+    return getattr(importlib.import_module(f"gsto_ops.triton.{name}"), direction)(*args)
+
+
+def differentiable_backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    operands: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of ``function(*operands)`` as a differentiable expression, for create_graph=True; slower than the kernels."""
+    outputs = function(*operands)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = {i: operand for i, operand in enumerate(operands) if operand is not None and needs_grad[i]}
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        list(wanted.values()),
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_index = dict(zip(wanted, found, strict=True))
+    return [by_index.get(i) for i in range(len(operands))]
+
+
+def autocast_operands(device_type: str, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``operands`` in autocast's dtype; as everywhere in PyTorch, float64 tensors and non-tensors stay as they are."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(operand: Any) -> Any:
+        eligible = isinstance(operand, Tensor) and operand.is_floating_point() and operand.dtype != torch.float64
+        return operand.to(dtype) if eligible else operand
+
+    return tuple(cast(operand) for operand in operands)
+
+
+def _autocast_kernel(operator: Callable, device_type: str, key: str) -> Callable:
+    # torch.library.register_autocast casts to one fixed dtype; this follows the dtype of the surrounding torch.autocast.
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return operator(*autocast_operands(device_type, args))
+
+    return kernel

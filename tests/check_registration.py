@@ -1,0 +1,31 @@
+"""Fails unless every operator has native kernels for CPU and CUDA, and a fake kernel, under one schema in each namespace."""
+
+import sys
+
+import torch
+
+import gsto_ops
+from gsto_ops.ops.library import libraries
+
+NAMES = ("gated_scale_transfer", "gated_projection", "affine_scale_transfer", "gated_pyramid_pool")
+missing = []
+for name in (n + suffix for n in NAMES for suffix in ("", "_backward")):
+    schemas = [
+        str(getattr(getattr(torch.ops, namespace), name).default._schema).split("::")[1] for namespace in libraries
+    ]
+    if len(set(schemas)) != 1:
+        missing.append(f"{name}: schemas differ: {schemas}")
+    for key in ("CPU", "CUDA", "Meta"):
+        has_fake = key == "Meta" and torch._library.simple_registry.singleton.find(f"gsto_ops::{name}").fake_impl.kernel
+        if not has_fake and not torch._C._dispatch_has_kernel_for_dispatch_key(f"gsto_ops::{name}", key):
+            missing.append(f"{name}: no kernel for {key}")
+        elif key in ("CPU", "CUDA"):
+            source = torch._C._dispatch_dump(f"gsto_ops::{name}")
+            line = next((text for text in source.splitlines() if text.startswith(f"{key}:")), "")
+            if "csrc" not in line:
+                missing.append(f"{name}: the kernel for {key} is not the compiled one: {line or 'none'}")
+print(
+    "\n".join(missing) or f"{2 * len(NAMES)} operators: compiled kernels for CPU and CUDA, fake kernels, equal schemas"
+)
+print(gsto_ops.backends.report())
+sys.exit(bool(missing))

@@ -1,0 +1,79 @@
+"""Builds the CUDA sources for the emulator (csrc/cuda/emulator.h) and registers their operators as torch.ops.gsto_emulated."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).parents[2] / "csrc"
+RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
+SCHEMAS = (
+    "gated_scale_transfer(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, Tensor? bias, str activation, "
+    f"SymInt[2] size, {RESAMPLING}) -> (Tensor, Tensor)",
+    "gated_scale_transfer_backward(Tensor grad_output, Tensor? grad_gate, Tensor input, Tensor gate, Tensor gate_weight, "
+    f"Tensor? weight, Tensor? bias, str activation, {RESAMPLING}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gated_projection(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated_projection_backward(Tensor grad_output, Tensor? grad_gate, Tensor? grad_mean, Tensor? grad_var, Tensor input, "
+    "Tensor gate, Tensor gate_weight, Tensor weight, Tensor output, Tensor mean) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"affine_scale_transfer(Tensor input, Tensor scale, Tensor shift, str activation, SymInt[2] size, {RESAMPLING}) -> Tensor",
+    "affine_scale_transfer_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor shift, str activation, "
+    f"{RESAMPLING}) -> (Tensor, Tensor, Tensor)",
+    "gated_pyramid_pool(Tensor input, Tensor gate_weight, Tensor? gate_bias, int[] bins) -> (Tensor, Tensor)",
+    "gated_pyramid_pool_backward(Tensor grad_pooled, Tensor? grad_gate, Tensor input, Tensor gate, Tensor gate_weight, "
+    "int[] bins) -> (Tensor, Tensor, Tensor)",
+    "set_allow_tf32(bool allow) -> ()",
+)
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None where there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def build(folder: Path) -> Path:
+    """The shared library, compiled into ``folder`` unless one of the same sources and torch is there."""
+    sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
+    sources.remove(CSRC / "cuda" / "module.cpp")  # the Python module of the CUDA build
+    inputs = [*sources, *CSRC.glob("cuda/*.h"), *CSRC.glob("*.h")]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    library = folder / f"gsto_emulated_{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    torch_root = Path(torch.__file__).parent
+    flags = [str(compiler()), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DGSTO_EMULATE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{torch_root / 'include'}"]
+
+    def compile_one(source: Path) -> str:
+        target = f"{scratch}/{source.name}.o"
+        command = [*flags, "-x", "c++", "-c", str(source), "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return target
+
+    lib = str(torch_root / "lib")
+    # A scratch folder of its own and a rename at the end: other runs of the tests may be building into this folder too.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+        linked = f"{scratch}/library.so"
+        command = [flags[0], "-shared", *objects, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-o", linked]
+        subprocess.run(command, check=True)
+        Path(linked).rename(library)
+    return library
+
+
+def load(folder: Path) -> object:
+    """torch.ops.gsto_emulated, built if need be."""
+    library = torch.library.Library("gsto_emulated", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    torch.ops.load_library(str(build(folder)))
+    load.library = library  # type: ignore[attr-defined]  # the definitions live as long as it does
+    return torch.ops.gsto_emulated
