@@ -74,15 +74,21 @@ def extension(name: str, sources: list[Path], *, cuda: bool = False) -> Extensio
     import pybind11
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    optimise = ["-O3", "-std=c++17"]
     headers = include_paths(device_type="cuda") if cuda else include_paths()
-    common = [
-        "-O3",
-        "-std=c++17",
-        *(f"-isystem{path}" for path in headers),
-    ]  # torch's headers are not ours to warn about
-    arguments = {"cxx": [*common, "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]}
+    # -isystem: torch's headers are not ours to warn about. The kernels need none of them.
+    host = [*optimise, "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    arguments = {"cxx": [*host, *(f"-isystem{path}" for path in headers)]}
     if cuda:
-        arguments["nvcc"] = [*common, "-Werror", "all-warnings", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"]
+        arguments["nvcc"] = [
+            *optimise,
+            "-Werror",
+            "all-warnings",
+            "-Xcompiler",
+            "-fvisibility=hidden",
+            "--threads",
+            "2",
+        ]
     return Extension(
         name,
         sorted(str(path.relative_to(ROOT)) for path in sources),

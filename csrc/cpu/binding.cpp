@@ -27,9 +27,9 @@ torch::headeronly::ScalarType statistics_type(const Tensor& input) {
 // A schema's string. torch's conversion to std::string leaks one string per call (2.11 to 2.13), hence the handle.
 std::string text_of(StringHandle handle) {
   const char* text = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
   const std::string copy(text);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return copy;
 }
 
@@ -42,7 +42,7 @@ ResampleMode resample_mode(const char* op, StringHandle handle) {
 }
 
 void parallel_for(int64_t tasks, Task task, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, task, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, task, context));
 }
 
 }  // namespace
