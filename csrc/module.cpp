@@ -29,7 +29,6 @@ py::dict build_info() {
   info["instruction_set"] = gsto::cpu::chosen_kernels().name;
   info["torch_target"] =
       std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
-  info["cuda"] = false;
   return info;
 }
 

@@ -6,7 +6,6 @@ call), ``reference`` (plain PyTorch, any device). ``auto`` takes the first one t
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -52,7 +51,6 @@ _cuda_extension, _no_cuda_extension = (
 )
 
 
-@torch.compiler.assume_constant_result
 def _why_not_gpu(index: int | None) -> str | None:
     """The reason for which this GPU (None: the current one) cannot run the kernels, or None when it can."""
     if not torch.cuda.is_available():
@@ -63,11 +61,16 @@ def _why_not_gpu(index: int | None) -> str | None:
     return None
 
 
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: the answer never changes.
+_why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _find_triton() -> str | None:
     """The reason for which the Triton kernels cannot run in this environment, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        installed = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return "triton is not installed"
-    installed = importlib.metadata.version("triton")
     if tuple(int(part) for part in installed.split(".")[:2]) < MIN_TRITON:
         return f"triton {installed} is older than {'.'.join(str(n) for n in MIN_TRITON)}"
     return None
@@ -163,6 +166,8 @@ def report() -> str:
     if _extension is not None:
         lines.append("C++ extension:")
         lines += [f"  {key}: {value}" for key, value in _extension.build_info().items()]
+    if _cuda_extension is not None:
+        lines.append("CUDA extension: loaded")
     lines.append(f"selected: {_selected} (GSTO_BACKEND or gsto_ops.use_backend)")
     if _selected == "auto":
         cpu, gpu = (select(torch.device(device), torch.float32) for device in ("cpu", "cuda"))
