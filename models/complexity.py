@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gsto_ops  # noqa: F401  (defines torch.ops.gsto_ops.gated_scale_transfer)
+import gsto_ops  # noqa: F401  (defines torch.ops.gsto_ops)
+
+from .feature_gates import FeatureHead
+from .gated_transition import TransitionTransfer
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,12 @@ class Complexity:
     Attributes:
         params: all parameters.
         conv_params: weights and biases of convolutions only, the convention of the paper's segmentation tables.
-        macs_as_defined: multiply-adds of the convolutions as the paper's equations define them: every projection of a
-            gated scale transfer at the size of its input. Gate products, BatchNorm and resampling are not counted.
+        macs_as_defined: multiply-adds of the convolutions (and of attention's matrix products) as the paper's equations
+            define them: every projection of a gated scale transfer at the size of its input, and the class map of every
+            supervised gate. Gate products, BatchNorm and resampling are not counted.
         macs_as_executed: the same, with projections of fused gated scale transfers at the smaller one of their input
-            and output sizes, which is where the operator may compute them (the reference backend does not).
+            and output sizes, which is where the operator may compute them (the reference backend does not), and
+            without the class maps that eval mode folds into the gates of PPM and ASPP.
     """
 
     params: int
@@ -67,6 +72,9 @@ def complexity(model: nn.Module, input_size: Sequence[int]) -> Complexity:
         with FakeCopyMode(fake):
             model = copy.deepcopy(model).eval()
         parameter = next(model.parameters())
+        for head in model.modules():
+            if isinstance(head, FeatureHead | TransitionTransfer):
+                head.register_forward_pre_hook(counter.add_class_map)
         with fake, counter:
             model(torch.empty(1, 3, *size, dtype=parameter.dtype, device=parameter.device))
     return Complexity(params, conv_params, counter.as_defined, counter.as_executed)
@@ -87,14 +95,26 @@ class _MultiplyAdds(TorchDispatchMode):
             pixels_and_channels = input if transposed else output
             self._add(pixels_and_channels.numel() * weight[0].numel())
         elif func is torch.ops.gsto_ops.gated_scale_transfer.default:
-            self._add_gated_scale_transfer(args[0], args[3], output[0])
+            # A projection commutes with the resampling, so it may run at the smaller size, unless a ReLU stands between.
+            self._add_gated(args[0], args[3], output[0] if args[5] == "none" else args[0])
+        elif func is torch.ops.gsto_ops.gated_projection.default:
+            self._add_gated(args[0], args[3], args[0])
+        elif func is torch.ops.gsto_ops.gated_pyramid_pool.default:
+            self._add(args[0].numel() * args[1].shape[0])  # the logits of all gates
+        elif func is torch.ops.aten.bmm.default:
+            self._add(output.numel() * args[0].shape[2])
         return output
 
-    def _add_gated_scale_transfer(self, input: Tensor, weight: Tensor | None, output: Tensor) -> None:
+    def add_class_map(self, head: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Count, as defined, what a module with supervised gates saves by folding its predictor into them."""
+        assert isinstance(head, FeatureHead | TransitionTransfer)
+        self._add(head.multiply_adds_saved(inputs[0]), 0)
+
+    def _add_gated(self, input: Tensor, weight: Tensor | None, resampled: Tensor) -> None:
         self._add(input.numel())  # the gate's logit
         if weight is not None:
-            in_pixels, out_pixels = input[:, 0].numel(), output[:, 0].numel()
-            self._add(in_pixels * weight.numel(), min(in_pixels, out_pixels) * weight.numel())
+            pixels, pixels_after = input[:, 0].numel(), resampled[:, 0].numel()
+            self._add(pixels * weight.numel(), min(pixels, pixels_after) * weight.numel())
 
     def _add(self, as_defined: int, as_executed: int | None = None) -> None:
         self.as_defined += as_defined

@@ -1,12 +1,20 @@
 """The frozen descriptions that one builder turns into networks: the trunk's size, the task, and the options."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
+from .checks import check_bn_momentum, check_flags, check_optional_number
 from .gates import GATE_FORMS
 
-TRANSITION_STAGES = (2, 3)
+TRANSITION_STAGES = (1, 2, 3)
+CHOICES = {
+    "gate_form": GATE_FORMS,
+    "gate_kind": ("spatial", "channel"),
+    "gate_position": ("transfer", "block", "layer"),
+    "transition_form": ("released", "paper"),
+    "upsampling": ("bilinear", "nearest"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,16 @@ class Task:
     """What a task decides about the network.
 
     Attributes:
+        num_classes: the default number of output channels.
         bn_momentum: the default momentum of every BatchNorm.
         conv_std: standard deviation of the normal distribution that convolution weights start from.
+        head_name: the state-dict key of the head, as in the published checkpoints of the task.
     """
 
+    num_classes: int
     bn_momentum: float
     conv_std: float
+    head_name: str
 
 
 TRUNKS = {
@@ -46,65 +58,102 @@ TRUNKS = {
     "w48": Trunk(width=48, stage1_blocks=4, modules=(1, 4, 3), blocks=4),
 }
 
-TASKS = {"segmentation": Task(bn_momentum=0.01, conv_std=0.001)}
+TASKS = {
+    "segmentation": Task(num_classes=19, bn_momentum=0.01, conv_std=0.001, head_name="last_layer"),
+    "pose": Task(num_classes=17, bn_momentum=0.1, conv_std=0.001, head_name="final_layer"),
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a network; a value that is not allowed is a TypeError or ValueError that names the option.
+    """The options of an HRNet; a value that is not allowed is a TypeError or ValueError that names the option.
 
     Attributes:
-        gated_fusion: gates in every fusion (GFM).
-        gated_transition: the stages, among 2 and 3, after which a new branch starts through a gated transition (GTM).
+        gated_fusion: gates in every multi-branch module (GFM).
         gate_form: of the fusion gates: "paper" = sigmoid(conv1x1), "released" = sigmoid(ReLU(BatchNorm(conv1x1))).
-            GTM's gates have one form.
+        gate_kind, gate_position: what the gates of `gated_fusion` select and where they stand. "spatial" gates at every
+            "transfer" are the paper's; the rest, "channel" gates and those after every "block" or "layer", are the
+            rivals that its Table 3 compares with; see `gsto_models.rival_gates`. Rivals have no `gate_form`.
+        gated_transition: the stages, among 1, 2 and 3, after which a new branch starts through a gated transition (GTM).
+        transition_form: of the gated transitions: "released", the gate shrinks the lowest branch's map, or "paper", the
+            gated, projected and pooled concatenation of all branches is the new branch; see `gsto_models.gated_transition`.
+        transition_supervision: whether the gates of transitions read a class map that an auxiliary loss supervises.
+        auxiliary_supervision: stages with a class map for an auxiliary loss, whether their transition is gated or not
+            (a supervised transition has one anyway). Where no gate reads it, it is computed in training only.
         gate_bias_init: None, or the number that the logit of every gate starts from; 4 starts the gates open at 0.98.
             See `absorb_initial_gates` for gates in a network that is already trained.
-            Paper-form fusion gates get a learnable bias for it; the others, which end in BatchNorm and ReLU, start
-            BatchNorm's own bias there, so for them it must not be negative: behind their ReLU nothing would be left.
-        bn_momentum: of every BatchNorm; None is the task's default (0.01 for segmentation).
+            Gates whose logit is a plain convolution get a learnable bias for it; released-form gates (of fusion and of
+            transitions), which end in BatchNorm and ReLU, start BatchNorm's own bias there, so for them it must not be
+            negative: behind their ReLU nothing would be left.
+        bn_momentum: of every BatchNorm; None is the task's default (0.01 for segmentation, 0.1 for pose).
+        upsampling: "bilinear", or "nearest" as in HRNet's pose networks.
         align_corners: of every bilinear upsampling.
+        multi_scale_output: True, the head reads all branches (HRNetV2); False, the last module has the highest
+            resolution as its only output, and the head is one 1x1 convolution on it (HRNet for pose).
+        scale_equalizer: a scale equalizer in front of the head and of every class map's predictor, where all branches are
+            upsampled and concatenated; see `measure_scales`. (The class map of a paper-form transition has none.)
     """
 
     gated_fusion: bool = False
-    gated_transition: Collection[int] = ()
     gate_form: str = "paper"
+    gate_kind: str = "spatial"
+    gate_position: str = "transfer"
+    gated_transition: Collection[int] = ()
+    transition_form: str = "released"
+    transition_supervision: bool = True
+    auxiliary_supervision: Collection[int] = ()
     gate_bias_init: float | None = None
     bn_momentum: float | None = None
+    upsampling: Literal["bilinear", "nearest"] = "bilinear"
     align_corners: bool = False
+    multi_scale_output: bool = True
+    scale_equalizer: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gated_fusion", "align_corners"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-        if self.gate_form not in GATE_FORMS:
-            raise ValueError(f"gate_form must be one of {GATE_FORMS}, got {self.gate_form!r}")
-        if isinstance(self.gated_transition, str) or not isinstance(self.gated_transition, Collection):
-            raise TypeError(f"gated_transition must be a tuple of stages, got {self.gated_transition!r}")
-        given = list(self.gated_transition)
-        stages = tuple(stage for stage in TRANSITION_STAGES if stage in given)
-        if len(given) != len(stages):
+        flags = ("gated_fusion", "transition_supervision", "align_corners", "multi_scale_output", "scale_equalizer")
+        check_flags(**{name: getattr(self, name) for name in flags})
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("gated_transition", "auxiliary_supervision"):
+            object.__setattr__(self, name, self._stages(name))
+        if self.align_corners and self.upsampling != "bilinear":
+            raise ValueError(f"align_corners=True is for bilinear upsampling only, got upsampling={self.upsampling!r}")
+        if self.scale_equalizer and not self.multi_scale_output:
+            raise ValueError("scale_equalizer=True needs multi_scale_output=True: a head on one branch fuses no levels")
+        if self.rival_gates and not self.gated_fusion:
             raise ValueError(
-                f"gated_transition must be stages out of {TRANSITION_STAGES}, each once, got {self.gated_transition!r}"
+                f"gate_kind={self.gate_kind!r} with gate_position={self.gate_position!r} needs gated_fusion=True, "
+                f"which is what puts gates into the multi-branch modules"
             )
-        object.__setattr__(self, "gated_transition", stages)
+        if self.rival_gates and self.gate_form != "paper":
+            raise ValueError(
+                f"gate_form={self.gate_form!r} is a form of spatial gates at the transfers, it does not go with "
+                f"gate_kind={self.gate_kind!r} and gate_position={self.gate_position!r}"
+            )
         self._check_numbers()
 
+    @property
+    def rival_gates(self) -> bool:
+        """Whether the gates of `gated_fusion` are not those of the paper's operator but one of Table 3's others."""
+        return (self.gate_kind, self.gate_position) != ("spatial", "transfer")
+
+    def _stages(self, name: str) -> tuple[int, ...]:
+        given = getattr(self, name)
+        if isinstance(given, str) or not isinstance(given, Collection):
+            raise TypeError(f"{name} must be a tuple of stages, got {given!r}")
+        stages = tuple(stage for stage in TRANSITION_STAGES if stage in list(given))
+        if len(given) != len(stages):
+            raise ValueError(f"{name} must be stages out of {TRANSITION_STAGES}, each once, got {given!r}")
+        return stages
+
     def _check_numbers(self) -> None:
-        for name in ("gate_bias_init", "bn_momentum"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"{name} must be None or a number, got {value!r}")
-        if self.bn_momentum is not None and not 0 < self.bn_momentum <= 1:
-            raise ValueError(f"bn_momentum must be in (0, 1], got {self.bn_momentum!r}")
-        if self.gate_bias_init is None:
-            return
-        if not math.isfinite(self.gate_bias_init):
-            raise ValueError(f"gate_bias_init must be finite, got {self.gate_bias_init!r}")
-        clipped = bool(self.gated_transition) or (self.gated_fusion and self.gate_form == "released")
-        if clipped and self.gate_bias_init < 0:
+        check_optional_number("gate_bias_init", self.gate_bias_init)
+        check_bn_momentum(self.bn_momentum)
+        released_transition = bool(self.gated_transition) and self.transition_form == "released"
+        clipped = released_transition or (self.gated_fusion and self.gate_form == "released")
+        if clipped and self.gate_bias_init is not None and self.gate_bias_init < 0:
             raise ValueError(
-                f"gate_bias_init must be at least 0, got {self.gate_bias_init!r}: the released form's gates and those "
-                f"of gated transitions end in ReLU, which would clip a negative logit and stop their gradients"
+                f"gate_bias_init must be at least 0, got {self.gate_bias_init!r}: the released form's gates, of fusion "
+                f"and of transitions, end in ReLU, which would clip a negative logit and stop their gradients"
             )

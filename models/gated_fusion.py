@@ -9,72 +9,68 @@ from torch import Tensor, nn
 import gsto_ops
 
 from .blocks import BasicBlock, conv_norm, conv_norm_relu
+from .config import Options
 from .gates import GatedModule
+from .rival_gates import ChannelGate, gates_at
 
 
 class MultiBranchModule(GatedModule):
     """Parallel branches of residual blocks, then fusion of every branch j into every branch i.
 
     Fusion is y_i = ReLU(sum_j transfer_ij(g_ij * x_j)), where the transfer is
-    - j > i: 1x1 convolution C_j -> C_i, BatchNorm, bilinear upsampling to the size of x_i;
+    - j > i: 1x1 convolution C_j -> C_i, BatchNorm, upsampling to the size of x_i (bilinear or nearest);
     - j = i: the identity;
     - j < i: i - j stride-2 3x3 convolutions with BatchNorm, and ReLU after all but the last one;
     and the gate g_ij (N, 1, H_j, W_j), one scalar per pixel (Eq. 4), is
-    - absent with `gated=False`, which is HRNetV2;
+    - absent with `gated_fusion=False`, which is HRNetV2, and with gates after blocks or layers;
     - sigmoid(conv1x1(x_j)) with `gate_form="paper"`;
-    - sigmoid(ReLU(BatchNorm(conv1x1(x_j)))) with `gate_form="released"`, so never below 0.5.
+    - sigmoid(ReLU(BatchNorm(conv1x1(x_j)))) with `gate_form="released"`, so never below 0.5;
+    - a `ChannelGate` of x_j, (N, C_j, 1, 1), with `gate_kind="channel"`.
 
     Args:
         channels: the width of each branch, highest resolution first.
         blocks: residual blocks per branch.
-        gated: whether the gates exist.
-        gate_form: "paper" or "released".
-        gate_bias: gives the convolution of the paper form a learnable bias (the released form has BatchNorm's).
-        align_corners: of the bilinear upsampling.
+        options: of the network.
+        outputs: how many branches, highest resolution first, get an output; None is all.
     """
 
     # Nested nn.ModuleLists, indexed by [target][source]; their items have no static types.
     fuse_layers: Any
     att_layers: Any
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        blocks: int,
-        *,
-        gated: bool = False,
-        gate_form: str = "paper",
-        gate_bias: bool = False,
-        align_corners: bool = False,
-    ) -> None:
+    def __init__(self, channels: Sequence[int], blocks: int, options: Options, outputs: int | None = None) -> None:
         super().__init__()
-        self.gate_form = gate_form
-        self.align_corners = align_corners
-        indices = range(len(channels))
-        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c) for _ in range(blocks))) for c in channels)
+        self.gate_form = options.gate_form if options.gate_kind == "spatial" else options.gate_kind
+        self.upsampling: dict[str, Any] = {"mode": options.upsampling, "align_corners": options.align_corners}
+        sources = range(len(channels))
+        targets = sources[:outputs]
+        layer_gate, block_gate = gates_at("layer", options), gates_at("block", options)
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(c, layer_gate) for _ in range(blocks))) for c in channels
+        )
         self.fuse_layers = nn.ModuleList(
-            nn.ModuleList(_transfer_layers(channels, target, source) for source in indices) for target in indices
+            nn.ModuleList(_transfer_layers(channels, target, source) for source in sources) for target in targets
         )
         self.att_layers = None
-        if gated:
-            self.att_layers = nn.ModuleList(
-                nn.ModuleList(_gate_layers(c, gate_form, gate_bias) for c in channels) for _ in indices
-            )
+        if options.gated_fusion and options.gate_position == "transfer":
+            self.att_layers = nn.ModuleList(nn.ModuleList(_gate_layers(c, options) for c in channels) for _ in targets)
+        self.block_gates = nn.ModuleList(block_gate(channels[target]) for target in targets)
 
     def gate_layers(self) -> Iterator[nn.Module]:
-        """Yield the gates of every pair (target, source); none if the module is not gated."""
-        for row in self.att_layers or ():
-            yield from row
+        """Yield the gates of every pair (target, source) that this module computes itself."""
+        if self.gate_form != "channel":
+            for row in self.att_layers or ():
+                yield from row
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Map one tensor (N, C_j, H_j, W_j) per branch to a list of the same shapes."""
+        """Map one tensor (N, C_j, H_j, W_j) per branch to a list of the same shapes (its first `outputs` ones)."""
         x = [branch(input) for branch, input in zip(self.branches, inputs, strict=True)]
         outputs = []
-        for target in range(len(x)):
+        for target, block_gate in enumerate(self.block_gates):
             total = self._transfer(x, target, 0)
             for source in range(1, len(x)):
                 total = total + self._transfer(x, target, source)
-            outputs.append(torch.relu(total))
+            outputs.append(block_gate(torch.relu(total)))
         return outputs
 
     def _transfer(self, x: Sequence[Tensor], target: int, source: int) -> Tensor:
@@ -82,23 +78,27 @@ class MultiBranchModule(GatedModule):
         if source <= target:
             return layers(self._gated(x[source], target, source))
         conv, norm = layers
-        projected = norm(self._gated(x[source], target, source, conv))
-        size = tuple(x[target].shape[-2:])
-        return gsto_ops.scale_transfer(projected, size=size, mode="bilinear", align_corners=self.align_corners)
+        up = {"size": tuple(x[target].shape[-2:]), **self.upsampling}
+        if self.att_layers is not None and self.gate_form == "paper":
+            gate = self.att_layers[target][source]
+            if self.gate_recorder is not None:
+                self.gate_recorder(f"att_layers.{target}.{source}", torch.sigmoid(gate(x[source])))
+            return gsto_ops.gated_norm_transfer(x[source], gate[0].weight, gate[0].bias, conv, norm, **up)
+        return gsto_ops.scale_transfer(norm(conv(self._gated(x[source], target, source))), **up)
 
-    def _gated(self, x: Tensor, target: int, source: int, conv: nn.Conv2d | None = None) -> Tensor:
-        """The gate of this pair, if there is one, times x, and then the projection `conv`, if there is one."""
+    def _gated(self, x: Tensor, target: int, source: int) -> Tensor:
+        """The gate of this pair, if there is one, times x."""
         if self.att_layers is None:
-            return x if conv is None else conv(x)
+            return x
         layers = self.att_layers[target][source]
-        if self.gate_form == "released":
-            gate = torch.sigmoid(layers(x))
-            output = gate * x if conv is None else conv(gate * x)
+        if self.gate_form == "channel":
+            return layers(x)
+        if self.gate_form == "paper":
+            weight, bias = layers[0].weight, layers[0].bias
+            output, gate = gsto_ops.gated_scale_transfer(x, weight, bias, scale_factor=1, return_gate=True)
         else:
-            weight = None if conv is None else conv.weight
-            output, gate = gsto_ops.gated_scale_transfer(
-                x, layers[0].weight, layers[0].bias, weight, scale_factor=1, return_gate=True
-            )
+            gate = torch.sigmoid(layers(x))
+            output = gate * x
         if self.gate_recorder is not None:
             self.gate_recorder(f"att_layers.{target}.{source}", gate)
         return output
@@ -115,8 +115,10 @@ def _transfer_layers(channels: Sequence[int], target: int, source: int) -> nn.Mo
     return nn.Sequential(*steps, nn.Sequential(*conv_norm(c_in, c_out, 3, stride=2)))
 
 
-def _gate_layers(channels: int, gate_form: str, gate_bias: bool) -> nn.Sequential:
-    """The layers of one gate's logit (N, channels, H, W) -> (N, 1, H, W)."""
-    if gate_form == "paper":
-        return nn.Sequential(nn.Conv2d(channels, 1, 1, bias=gate_bias))
+def _gate_layers(channels: int, options: Options) -> nn.Module:
+    """The layers of one gate's logit (N, channels, H, W) -> (N, 1, H, W), or a `ChannelGate`."""
+    if options.gate_kind == "channel":
+        return ChannelGate(channels)
+    if options.gate_form == "paper":
+        return nn.Sequential(nn.Conv2d(channels, 1, 1, bias=options.gate_bias_init is not None))
     return conv_norm_relu(channels, 1, 1)

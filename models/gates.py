@@ -49,7 +49,8 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Yields:
         A dict that every forward pass fills: the gate's name, for example "stage4.1.att_layers.0.3" (target branch 0,
-        source branch 3) or "att3" -> gate (N, 1, H, W), detached. Empty for a network without gates.
+        source branch 3) or "att3" -> gate (N, 1, H, W), detached; (N, C, 1, 1) for channel gates. Empty for a network
+        without gates.
     """
     gates: dict[str, Tensor] = {}
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedModule)}

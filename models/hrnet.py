@@ -1,19 +1,20 @@
-"""HRNetV2 and GSTO-HRNet (arXiv 2005.13363, Section 3.2 and Fig. 3): one trunk, with the gates as options."""
+"""HRNet, HRNetV2 and GSTO-HRNet (arXiv 2005.13363, Section 3.2 and Fig. 3): one trunk, with the gates as options."""
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
 
 from .blocks import Bottleneck, concat_upsampled, conv_norm, conv_norm_relu, head
-from .config import Options, Task, Trunk
+from .checks import check_image, check_num_classes
+from .config import TRANSITION_STAGES, Options, Task, Trunk
 from .gated_fusion import MultiBranchModule
-from .gated_transition import TransitionGate, gated_transition
+from .gated_transition import TransitionGate, TransitionTransfer
 from .gates import GatedModule
-
-MIN_SIZE = 32  # the lowest branch is at 1/32 of the image
+from .rival_gates import gates_at
 
 
 class HRNet(nn.Module):
-    """HRNetV2, or GSTO-HRNet if the options ask for gates.
+    """HRNetV2; GSTO-HRNet if the options ask for gates; HRNet (for pose) if they ask for a single output.
 
     A stem of two stride-2 convolutions, stage 1 of bottlenecks, then stages 2, 3 and 4 with 2, 3 and 4 parallel
     branches at 1/4, 1/8, 1/16 and 1/32 of the image, and a head on all branches, upsampled to 1/4 and concatenated.
@@ -22,7 +23,7 @@ class HRNet(nn.Module):
     Args:
         trunk: the size of the network.
         num_classes: output channels, at least 1.
-        task: BatchNorm momentum and initialisation.
+        task: BatchNorm momentum, initialisation and the key of the head.
         options: the gates and the rest; see `Options`.
 
     Raises:
@@ -32,74 +33,114 @@ class HRNet(nn.Module):
 
     def __init__(self, trunk: Trunk, num_classes: int, task: Task, options: Options) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_num_classes(num_classes)
         self.options = options
+        self.head_name = task.head_name
         channels = [trunk.width * 2**k for k in range(4)]
+        gate = gates_at("layer", options)
 
         self.conv1, self.bn1 = conv_norm(3, 64, 3, stride=2)
         self.conv2, self.bn2 = conv_norm(64, 64, 3, stride=2)
+        self.gate1, self.gate2 = gate(64), gate(64)
         self.relu = nn.ReLU(inplace=True)
         stage1_channels = 64 * Bottleneck.expansion
         self.layer1 = nn.Sequential(
-            Bottleneck(64, 64), *(Bottleneck(stage1_channels, 64) for _ in range(trunk.stage1_blocks - 1))
+            Bottleneck(64, 64, gate=gate),
+            *(Bottleneck(stage1_channels, 64, gate=gate) for _ in range(trunk.stage1_blocks - 1)),
         )
 
-        self.transition1 = nn.ModuleList(
-            [conv_norm_relu(stage1_channels, channels[0], 3), _new_branch(stage1_channels, channels[1])]
+        for stage in TRANSITION_STAGES:
+            levels = [stage1_channels] if stage == 1 else channels[:stage]
+            self._add_transition(stage, levels, channels, num_classes)
+            self.add_module(f"stage{stage + 1}", _stage(trunk, stage + 1, options))
+        self.add_module(
+            task.head_name,
+            head(channels, num_classes, options.scale_equalizer)
+            if options.multi_scale_output
+            else nn.Conv2d(channels[0], num_classes, 1),
         )
-        self.stage2 = _stage(trunk, 2, options)
-        self.transition2 = nn.ModuleList([nn.Identity(), nn.Identity(), _new_branch(channels[1], channels[2])])
-        self.stage3 = _stage(trunk, 3, options)
-        self.transition3 = nn.ModuleList([*(nn.Identity() for _ in range(3)), _new_branch(channels[2], channels[3])])
-        self.stage4 = _stage(trunk, 4, options)
-
-        gated = options.gated_transition
-        self.last_layer_stage2 = head(sum(channels[:2]), num_classes) if 2 in gated else None
-        self.att2 = TransitionGate(num_classes, 2) if 2 in gated else None
-        self.last_layer_stage3 = head(sum(channels[:3]), num_classes) if 3 in gated else None
-        self.att3 = TransitionGate(num_classes, 3) if 3 in gated else None
-        self.last_layer = head(sum(channels), num_classes)
 
         self._initialise(task, options)
 
+    @property
+    def head(self) -> nn.Module:
+        """The layers that make the output: `last_layer` for segmentation, `final_layer` for pose."""
+        return self.get_submodule(self.head_name)
+
     def forward(self, input: Tensor) -> Tensor | list[Tensor]:
-        """Compute the logit maps of a batch of images.
+        """Compute the logit maps, or heatmaps, of a batch of images.
 
         Args:
             input: images (N, 3, H, W), floating point, H and W at least 32 (they need not divide by 32).
 
         Returns:
-            In eval mode the logits (N, num_classes, ceil(H / 4), ceil(W / 4)). In training mode the list of the logits
-            and the class maps of the gated transitions that exist: [main, after stage 3, after stage 2], all that size.
+            In eval mode the maps (N, num_classes, ceil(H / 4), ceil(W / 4)). In training mode the list of these and
+            the class maps that exist (of supervised gated transitions and of `auxiliary_supervision`), last stage first:
+            [main, after stage 3, after stage 2, after stage 1], all that size. The paper's loss weights of a network with
+            GTMs after stages 2 and 3 are 1.0, 0.5 and 0.3 (and 0.2 for stage 1).
 
         Raises:
             TypeError: `input` is not floating point.
             ValueError: `input` does not have four dimensions, three channels, and H, W >= 32.
         """
-        _check_input(input)
-        x = self.relu(self.bn1(self.conv1(input)))
-        x = self.layer1(self.relu(self.bn2(self.conv2(x))))
-        branches = self.stage2([layers(x) for layers in self.transition1])
-        branches, after_stage2 = self._transition(branches, self.transition2, self.last_layer_stage2, self.att2)
-        branches = self.stage3(branches)
-        branches, after_stage3 = self._transition(branches, self.transition3, self.last_layer_stage3, self.att3)
-        branches = self.stage4(branches)
-        main = self.last_layer(concat_upsampled(branches, self.options.align_corners))
-        if not self.training:
-            return main
-        return [logits for logits in (main, after_stage3, after_stage2) if logits is not None]
+        check_image(input)
+        x = self.gate1(self.relu(self.bn1(self.conv1(input))))
+        branches = [self.layer1(self.gate2(self.relu(self.bn2(self.conv2(x)))))]
+        class_maps: list[Tensor] = []
+        for stage in TRANSITION_STAGES:
+            branches, class_map = self._transition(branches, stage)
+            branches = self.get_submodule(f"stage{stage + 1}")(branches)
+            if class_map is not None:
+                class_maps.insert(0, class_map)
+        main = self.head(self._levels(branches) if self.options.multi_scale_output else branches[0])
+        return [main, *class_maps] if self.training else main
 
-    def _transition(
-        self, branches: list[Tensor], layers: nn.ModuleList, predictor: nn.Module | None, gate: nn.Module | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The branches with a new one behind them, and the class map if the transition is gated."""
-        if predictor is None or gate is None:
-            return [*branches, layers[-1](branches[-1])], None
-        new, class_map = gated_transition(branches, predictor, gate, layers[-1], self.options.align_corners)
-        return [*branches, new], class_map
+    def _add_transition(self, stage: int, levels: list[int], channels: list[int], num_classes: int) -> None:
+        """Add what stands between stage `stage`, whose branches are as wide as `levels` says, and the next one."""
+        options, total = self.options, sum(levels)
+        gated = stage in options.gated_transition
+        supervised = gated and options.transition_supervision
+        predicted = supervised or stage in options.auxiliary_supervision
+        new: nn.Module
+        gate = None
+        if gated and options.transition_form == "paper":
+            classes = num_classes if supervised else None
+            new = TransitionTransfer(total, channels[stage], classes, options.gate_bias_init)
+            predicted = predicted and not supervised  # a supervised transfer has a predictor of its own
+        else:
+            # Nested once more than the layers of the other branches, as in the published checkpoints.
+            new = nn.Sequential(conv_norm_relu(levels[-1], channels[stage], 3, stride=2))
+            if gated:
+                gate = TransitionGate(num_classes, stage, 3) if supervised else TransitionGate(total, stage, 1)
+        kept = [conv_norm_relu(total, channels[0], 3)] if stage == 1 else [nn.Identity() for _ in levels]
+        self.add_module(f"transition{stage}", nn.ModuleList([*kept, new]))
+        predictor = head(levels, num_classes, options.scale_equalizer) if predicted else None
+        self.register_module(f"last_layer_stage{stage}", predictor)
+        self.register_module(f"att{stage}", gate)
+
+    def _levels(self, branches: list[Tensor]) -> Tensor:
+        """U: all branches upsampled to the first one's size and concatenated."""
+        return concat_upsampled(branches, self.options.align_corners, self.options.upsampling)
+
+    def _transition(self, branches: list[Tensor], stage: int) -> tuple[list[Tensor], Tensor | None]:
+        """The branches with a new one behind them, and the class map if the gate or an auxiliary loss reads one."""
+        layers = list(cast(nn.ModuleList, self.get_submodule(f"transition{stage}")))
+        predictor, gate = getattr(self, f"last_layer_stage{stage}"), getattr(self, f"att{stage}")
+        supervised_gate = gate is not None and self.options.transition_supervision
+        kept = [layer(branch) for layer, branch in zip(layers[:-1], branches, strict=True)]
+        lowest, class_map, new = branches[-1], None, layers[-1]
+        transferred = isinstance(new, TransitionTransfer)
+        predicted = predictor is not None and (supervised_gate or self.training)
+        levels = self._levels(branches) if transferred or predicted or gate is not None else lowest
+        if predicted:
+            class_map = predictor(levels)
+        if transferred:
+            size = (-(-lowest.shape[2] // 2), -(-lowest.shape[3] // 2))
+            output, supervised_map = new(levels, size)
+            return [*kept, output], class_map if supervised_map is None else supervised_map
+        if gate is not None:
+            lowest = gate(class_map if supervised_gate else levels) * lowest
+        return [*kept, new(lowest)], class_map
 
     def _initialise(self, task: Task, options: Options) -> None:
         for module in self.modules():
@@ -116,28 +157,9 @@ class HRNet(nn.Module):
 
 def _stage(trunk: Trunk, stage: int, options: Options) -> nn.Sequential:
     """The multi-branch modules of stage 2, 3 or 4, which has as many branches as its number says."""
+    channels = [trunk.width * 2**k for k in range(stage)]
+    count = trunk.modules[stage - 2]
+    single = count - 1 if stage == 4 and not options.multi_scale_output else None
     return nn.Sequential(
-        *(
-            MultiBranchModule(
-                [trunk.width * 2**k for k in range(stage)],
-                trunk.blocks,
-                gated=options.gated_fusion,
-                gate_form=options.gate_form,
-                gate_bias=options.gate_bias_init is not None,
-                align_corners=options.align_corners,
-            )
-            for _ in range(trunk.modules[stage - 2])
-        )
+        *(MultiBranchModule(channels, trunk.blocks, options, 1 if m == single else None) for m in range(count))
     )
-
-
-def _new_branch(in_channels: int, out_channels: int) -> nn.Sequential:
-    """The layers of a new branch; nested once more than the others, as in the published checkpoints."""
-    return nn.Sequential(conv_norm_relu(in_channels, out_channels, 3, stride=2))
-
-
-def _check_input(input: Tensor) -> None:
-    if input.dim() != 4 or input.shape[1] != 3 or input.shape[2] < MIN_SIZE or input.shape[3] < MIN_SIZE:
-        raise ValueError(f"input must be (N, 3, H, W) with H, W >= {MIN_SIZE}, got shape {tuple(input.shape)}")
-    if not torch.is_floating_point(input):
-        raise TypeError(f"input must be floating point, got {input.dtype}")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .blocks import BasicBlock
+from .config import TRANSITION_STAGES
 from .gated_fusion import MultiBranchModule
 from .hrnet import HRNet
 
@@ -28,22 +29,28 @@ def absorb_initial_gates(model: HRNet) -> None:
     Args:
         model: a network from `create_model` that got the weights of the same network without gates, for example with
             `model.load_state_dict(hrnet.state_dict(), strict=False)`. Changed in place.
+
+    Raises:
+        ValueError: gates after blocks or layers, or paper-form transitions, which replace layers of the plain network.
     """
-    gate = 1 / (1 + math.exp(-(model.options.gate_bias_init or 0.0)))
-    fusion = gate if model.options.gated_fusion else 1.0
+    options = model.options
+    if options.gated_fusion and options.gate_position != "transfer":
+        raise ValueError(f"only gates with gate_position='transfer' can be absorbed, got {options.gate_position!r}")
+    if options.gated_transition and options.transition_form != "released":
+        raise ValueError(
+            f"transition_form={options.transition_form!r} replaces the convolutions that start HRNet's branches, so the "
+            f"network cannot start out as that HRNet; only 'released' gated transitions can be absorbed"
+        )
+    gate = 1 / (1 + math.exp(-(options.gate_bias_init or 0.0)))
+    fusion = gate if options.gated_fusion else 1.0
     scale = 1.0  # of all branches, relative to the network without gates
-    for stage, transition, modules in (
-        (2, None, model.stage2),
-        (3, model.transition2, model.stage3),
-        (4, model.transition3, model.stage4),
-    ):
-        if transition is not None:
-            gated = stage - 1 in model.options.gated_transition
-            _rescale(transition, scale * (gate if gated else 1.0), scale)
-        for module in modules.children():
+    for stage in TRANSITION_STAGES:
+        new_branch = cast(nn.ModuleList, model.get_submodule(f"transition{stage}"))[-1]
+        _rescale(new_branch, scale * (gate if stage in options.gated_transition else 1.0), scale)
+        for module in model.get_submodule(f"stage{stage + 1}").children():
             _rescale_module(cast(MultiBranchModule, module), scale, fusion * scale)
             scale *= fusion
-    _rescale(model.last_layer, scale, 1.0)
+    _first_conv(model.head).weight.div_(scale)
 
 
 def _rescale_module(module: MultiBranchModule, scale_in: float, scale_out: float) -> None:
@@ -58,8 +65,11 @@ def _rescale_module(module: MultiBranchModule, scale_in: float, scale_out: float
 
 def _rescale(layers: nn.Module, scale_in: float, scale_out: float) -> None:
     """Let a chain of convolutions and BatchNorms take its input times scale_in and give its output times scale_out."""
-    first = next(layer for layer in layers.modules() if isinstance(layer, nn.Conv2d))
     last = [layer for layer in layers.modules() if isinstance(layer, nn.BatchNorm2d)][-1]
-    first.weight.div_(scale_in)
+    _first_conv(layers).weight.div_(scale_in)
     last.weight.mul_(scale_out)
     last.bias.mul_(scale_out)
+
+
+def _first_conv(layers: nn.Module) -> nn.Conv2d:
+    return next(layer for layer in layers.modules() if isinstance(layer, nn.Conv2d))

@@ -71,7 +71,7 @@ def test_fused_operator_and_transposed_convolution_are_counted():
             size = (x.shape[2] // 4, x.shape[3] // 4)
             scale = (None, None)
             operands = (x, self.gate.weight, self.gate.bias, self.projection.weight, None)
-            y, _ = torch.ops.gsto_ops.gated_scale_transfer(*operands, size, "avg", False, *scale)
+            y, _ = torch.ops.gsto_ops.gated_scale_transfer(*operands, "none", size, "avg", False, *scale)
             return self.up(y)
 
     cost = complexity(Net(), (16, 32))

@@ -56,6 +56,9 @@ OPTIONS = [
     {"gate_bias_init": 4.0, "gate_form": "released"},
     {"gate_bias_init": 4.0, "gated_transition": (3,)},
     {"gate_bias_init": 4.0, "gated_fusion": False},
+    {"gate_bias_init": 4.0, "gated_transition": (1, 2, 3)},
+    {"gate_bias_init": 4.0, "gated_transition": (1, 2), "transition_supervision": False},
+    {"gate_bias_init": 4.0, "gate_kind": "channel"},
 ]
 
 
@@ -84,6 +87,18 @@ def test_wide_open_gates_need_no_rescaling(hrnet):
     errors = [deviation(opened(hrnet, gate_bias_init=bias), hrnet) for bias in (4.0, 6.0, 8.0)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[0] > 0.02 > errors[2]  # 0.98 compounds over the modules, 0.9997 hardly does
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_position": "block", "gated_transition": ()}, "gate_position='transfer' can be absorbed, got 'block'"),
+        ({"transition_form": "paper"}, "transition_form='paper' replaces"),
+    ],
+)
+def test_what_cannot_be_absorbed(options, message):
+    with pytest.raises(ValueError, match=message):
+        absorb_initial_gates(create_model("gsto_hrnet_w18_small_v2", **options))
 
 
 def test_nothing_to_absorb_without_gates():
