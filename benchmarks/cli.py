@@ -16,6 +16,8 @@ COMMANDS = {
     "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
     "fit": "train: gsto fit -c CONFIG [--key value ...]",
     "validate": "evaluate: gsto validate -c CONFIG --ckpt_path FILE [--key value ...]",
+    "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
+    "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
     "info": "what is built, what will run here, and why",
 }
 
@@ -40,23 +42,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         argparse.ArgumentParser(prog="gsto info", description=COMMANDS["info"]).parse_args(argv[1:])
         print(gsto_ops.backends.report())
         return 0
-    if importlib.util.find_spec("lightning") is None:
-        print(f"gsto: {command} needs the trainers: pip install 'gsto_ops[train]'", file=sys.stderr)
+    try:
+        if command == "convert":
+            from .convert import run
+
+            run(argv[1:], COMMANDS["convert"])
+        else:
+            _run_with_trainers(command, argv)
+    except UsageError as error:
+        print(f"gsto: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _run_with_trainers(command: str, argv: list[str]) -> None:
+    if importlib.util.find_spec("lightning") is None:
+        raise UsageError(f"{command} needs the trainers: pip install 'gsto_ops[train]'")
     # the trainers are imported only where they are used: `gsto info` and the help work without them, and at once
     from .segmentation import DataError
 
     try:
         if command == "demo":
             _demo(argv[1:])
+        elif command == "visualize":
+            from .visualize import run
+
+            run(argv[1:], COMMANDS["visualize"])
         else:
             from .training import run_cli
 
             run_cli(resolve_config_names(argv))
-    except (DataError, UsageError) as error:
-        print(f"gsto: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except DataError as error:
+        raise UsageError(str(error)) from error
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -64,12 +64,12 @@ class SegmentationTask(LightningModule):
     Args:
         num_classes: number of classes.
         name: a network of `gsto_models.list_models()`.
-        gate_form: "paper" or "released"; see `gsto_models.create_model`.
+        gate_form: "paper" or "released"; None for the network's default. See `gsto_models.create_model`.
         gate_bias_init: None for gates without bias as in the paper; 4.0 starts with open gates, best from scratch.
         gated_fusion: overrides the network's default of having gates in its fusions.
         gated_transition: overrides the stages (of 2 and 3) after which the network has a gated transition.
         bn_momentum: BatchNorm momentum; None for the network's default, 0.01. Short runs need more.
-        loss_weights: weights of the main output and of those after stage 3 and 2.
+        loss_weights: weights of the main output and of the auxiliary ones, in HRNets those after stages 3, 2 and 1.
         class_weights: weights of the classes in the loss, one positive number for each; None for equal weights.
         optimizer: "sgd" as in the paper, or "adamw", which learns rare classes within fewer steps.
         lr: initial learning rate.
@@ -77,6 +77,7 @@ class SegmentationTask(LightningModule):
         weight_decay: weight decay, for all parameters alike.
         poly_power: exponent of the learning rate's decay over the steps.
         channels_last: run the network on channels-last tensors.
+        options: further options of `gsto_models.create_model`, for example {output_stride: 16, gate: supervised}.
 
     Metrics: `train/loss`, `train/lr`; `val/mIoU_ss`, `val/mIoU_ss_absent_as_zero`, `val/pixel_acc`, `val/mean_acc`.
 
@@ -89,12 +90,12 @@ class SegmentationTask(LightningModule):
         self,
         num_classes: int,
         name: str = "gsto_hrnet_w18_small_v2",
-        gate_form: Literal["paper", "released"] = "paper",
+        gate_form: Literal["paper", "released"] | None = None,
         gate_bias_init: float | None = None,
         gated_fusion: bool | None = None,
         gated_transition: list[int] | None = None,
         bn_momentum: float | None = None,
-        loss_weights: list[float] = [1.0, 0.5, 0.3],  # noqa: B006 - jsonargparse reads the default; it is never changed
+        loss_weights: list[float] = [1.0, 0.5, 0.3, 0.2],  # noqa: B006 - jsonargparse reads the default; it is never changed
         class_weights: list[float] | None = None,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.01,
@@ -102,6 +103,7 @@ class SegmentationTask(LightningModule):
         weight_decay: float = 5e-4,
         poly_power: float = 0.9,
         channels_last: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for argument, value in (("lr", lr), ("poly_power", poly_power)):
@@ -114,12 +116,15 @@ class SegmentationTask(LightningModule):
             raise ValueError(f"class_weights must be {num_classes} numbers > 0, got {class_weights}")
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
-        options: dict[str, Any] = {"gate_form": gate_form, "gate_bias_init": gate_bias_init, "bn_momentum": bn_momentum}
-        if gated_fusion is not None:
-            options["gated_fusion"] = gated_fusion
-        if gated_transition is not None:
-            options["gated_transition"] = tuple(gated_transition)
-        network = gsto_models.create_model(name, num_classes=num_classes, **options)
+        given = {
+            "gate_form": gate_form,
+            "gate_bias_init": gate_bias_init,
+            "gated_fusion": gated_fusion,
+            "gated_transition": None if gated_transition is None else tuple(gated_transition),
+            "bn_momentum": bn_momentum,
+        }
+        given = {option: value for option, value in given.items() if value is not None} | (options or {})
+        network = gsto_models.create_model(name, num_classes=num_classes, **given)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self.memory_format)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
