@@ -3,6 +3,8 @@
 # Both create the environment first. Another Python or torch build: make demo PYTHON=python3.12 TORCH="torch==2.13.0"
 PYTHON ?= python3
 TORCH ?= torch>=2.11
+# CUDA builds of torch bring their Triton; with a CPU build, name one here to test the Triton kernels in its interpreter.
+TRITON ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -68,7 +70,7 @@ clean:
 # torch is installed first and the package is built against it (no build isolation): one torch, downloaded once.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" numpy "setuptools>=77" ninja "pybind11>=3.0"
+	$(BIN)/pip install --quiet "$(TORCH)" $(TRITON) numpy "setuptools>=77" ninja "pybind11>=3.0"
 	touch $@
 
 $(INSTALLED): $(VENV)/.torch $(SOURCES)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import gsto_ops.backends
 
+from .errors import UsageError
+
 CONFIGS = Path(__file__).parent / "segmentation" / "configs"
 COMMANDS = {
     "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
@@ -20,10 +22,6 @@ COMMANDS = {
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
     "info": "what is built, what will run here, and why",
 }
-
-
-class UsageError(ValueError):
-    """The command line cannot be followed; the message says what is allowed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gsto_models import read_checkpoint, save_checkpoint
 from gsto_models.layouts import LAYOUTS, SOURCES
 
-from .cli import UsageError
+from .errors import UsageError
 
 
 def convert_file(source_file: Path, out: Path, layout: str = "native", source: str = "auto") -> str:

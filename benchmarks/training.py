@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from .cli import UsageError
+from .errors import UsageError
 from .quiet import quieten
 from .segmentation import SegmentationData, SegmentationTask
 from .segmentation.report import RunReport

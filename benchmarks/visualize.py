@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import gsto_models
 import gsto_ops
 
-from .cli import UsageError
+from .errors import UsageError
 from .quiet import quieten
 from .segmentation import SegmentationTask
 from .segmentation.montage import Panel, save_montage
