@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", op.name, ": grad_output must be (N, C, H', W'), got ",
                   shape_of(grad_output));
   const auto [out_height, out_width] = op.output_size({grad_output.size(2), grad_output.size(3)});
-  const Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
+  Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
   op.check("grad_output", grad_output, {p.batch, p.channels, out_height, out_width});
   p.grad_output = view(grad_output);
 
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   p.grad_input = view(grad_input);
   p.grad_scale = grad_scale.data_ptr();
   p.grad_shift = grad_shift.data_ptr();
-  chosen_kernels().affine_scale_transfer_backward(TransposedResampling(resampling).backward(), p);
+  chosen_kernels().affine_scale_transfer_backward(resampling.backward(), p);
   return {grad_input, grad_scale, grad_shift};
 }
 

@@ -24,28 +24,13 @@ struct AffineScaleTransfer {
     fill_padded<A>(p.shift, p.shift.stride_n, p.channels, shift.data());
   }
 
-  Vec<A> activate(Vec<A> value) const { return p.relu ? (value < 0 ? Vec<A>{} : value) : value; }
+  Vec<A> activate(Vec<A> value) const { return p.relu ? relu(value) : value; }
 
-  void affine_pixels(A* tile, int64_t count) const {
-    for (int64_t c = 0; c < row; c += kLanes<A>) {
-      const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
-      for (int64_t i = c; i < count * row; i += row) store(tile + i, factor * load(tile + i) + offset);
-    }
-    if (p.relu) relu_pixels(tile, count * row);
-  }
-
-  auto load_input() const {
-    return [this](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-      load_pixels<S>(p.input, p.channels, n, h, w, count, buffer);
-      affine_pixels(buffer, count);
-      return static_cast<const A*>(buffer);
-    };
-  }
-
-  auto store_output() const {
-    return [this](int64_t n, int64_t h, int64_t w, int64_t count, const A* pixels) {
-      store_pixels<S>(p.output, p.channels, n, h, w, count, pixels);
-    };
+  // to = act(scale x + shift), which may be the same tile.
+  void affine_pixels(const A* x, int64_t count, A* to) const {
+    for (int64_t i = 0; i < count; ++i, x += row, to += row)
+      for (int64_t c = 0; c < row; c += kLanes<A>)
+        store(to + c, activate(load(scale.data() + c) * load(x + c) + load(shift.data() + c)));
   }
 
   // Pixels of a pass without resampling, in tiles that stay in L1.
@@ -58,17 +43,22 @@ struct AffineScaleTransfer {
   void forward() const {
     if (!identity) {
       const Blocks<A> blocks(p.batch, call.rows, call.cols, p.channels);
-      resample(call, blocks, p.channels, load_input(), store_output());
+      resample_to<S>(call, blocks, p.channels, p.output,
+                     [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+                       affine_pixels(tile_of<S>(p.input, p.channels, n, h, w, count, buffer), count, buffer);
+                       return buffer;
+                     });
     } else if (planar(p.input) && planar(p.output)) {
       forward_planes();
     } else {
       const Pixels pixels = pixels_of({});
-      const auto load_tile = load_input();
-      const auto store_tile = store_output();
       parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
         const Buffer<A> tile(pixels.chunk * row);
         pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-          store_tile(n, h, w, count, load_tile(n, h, w, count, tile.data()));
+          const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, tile.data());
+          A* to = tile_for<S>(p.output, p.channels, n, h, w, tile.data());
+          affine_pixels(x, count, to);
+          finish_tile<S>(p.output, p.channels, n, h, w, count, to);
         });
       });
     }
@@ -107,46 +97,54 @@ struct AffineScaleTransfer {
     return factor * u;
   }
 
-  void backward_pixels(const A* x, int64_t count, A* u, A* sums) const {
+  // u and the result may be the same tile.
+  void backward_pixels(const A* x, const A* u, int64_t count, A* to, A* sums) const {
     for (int64_t c = 0; c < row; c += kLanes<A>) {
       const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
       Vec<A> sum[2] = {};
       for (int64_t i = c; i < count * row; i += row)
-        store(u + i, backward_vector(load(u + i), load(x + i), factor, offset, sum));
+        store(to + i, backward_vector(load(u + i), load(x + i), factor, offset, sum));
       for (int64_t s = 0; s < 2; ++s) store(sums + s * row + c, load(sums + s * row + c) + sum[s]);
     }
   }
 
   void backward() const {
     if (identity && planar(p.input) && planar(p.grad_output) && planar(p.grad_input)) return backward_planes();
-    const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* u, A* x, A* sums) {
-      load_pixels<S>(p.input, p.channels, n, h, w, count, x);
-      backward_pixels(x, count, u, sums);
-      store_pixels<S>(p.grad_input, p.channels, n, h, w, count, u);
-    };
-    const auto load_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-      load_pixels<S>(p.grad_output, p.channels, n, h, w, count, buffer);
-      return static_cast<const A*>(buffer);
+    // make(to) returns a run of the gradient of act's result, which it may write there.
+    const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make, A* tile, A* x_tile,
+                            A* sums) {
+      A* to = tile_for<S>(p.grad_input, p.channels, n, h, w, tile);
+      const A* u = make(to);
+      backward_pixels(tile_of<S>(p.input, p.channels, n, h, w, count, x_tile), u, count, to, sums);
+      finish_tile<S>(p.grad_input, p.channels, n, h, w, count, to);
     };
     const Pixels pixels = pixels_of(p.grad_output);
     const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels);
     Reduction<A> reduction(identity ? pixels.tasks() : blocks.tasks(), 2 * row);
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
-      const Buffer<A> x((identity ? pixels.chunk : blocks.width) * row);
+      const int64_t run = identity ? pixels.chunk : blocks.width;
+      const Buffer<A> x(run * row), u(run * row);
       if (identity) {
-        const Buffer<A> u(pixels.chunk * row);
         pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-          load_gradient(n, h, w, count, u.data());
-          finish(n, h, w, count, u.data(), x.data(), sums);
+          const auto make = [&](A* to) { return tile_of<S>(p.grad_output, p.channels, n, h, w, count, to); };
+          finish(n, h, w, count, make, u.data(), x.data(), sums);
         });
         return;
       }
-      const BlockResampler<A> resampler(blocks, row);
+      const BlockResampler<A> resampler(blocks, row, row);
       const Buffer<A> buffer(blocks.input_width() * row);
+      const auto source = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* to) {
+        return tile_of<S>(p.grad_output, p.channels, n, h, w, count, to);
+      };
       for (int64_t task = begin; task < end; ++task)
-        resample_block(
-            blocks, blocks.block(task), resampler, buffer.data(), load_gradient,
-            [&](int64_t n, int64_t h, int64_t w, int64_t count, A* u) { finish(n, h, w, count, u, x.data(), sums); });
+        resample_block(blocks, blocks.block(task), resampler, buffer.data(), source,
+                       [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
+                         const auto made = [&](A* to) {
+                           make(to);
+                           return static_cast<const A*>(to);
+                         };
+                         finish(n, h, w, count, made, u.data(), x.data(), sums);
+                       });
     });
     reduction.template store_totals<A>(0, p.channels, p.grad_scale);
     reduction.template store_totals<A>(row, p.channels, p.grad_shift);

@@ -1,5 +1,7 @@
 #include "cpu/binding.h"
 
+#include <algorithm>
+
 namespace gsto::cpu {
 namespace {
 
@@ -44,6 +46,8 @@ ResampleMode resample_mode(const char* op, StringHandle handle) {
 void parallel_for(int64_t tasks, Task task, void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, task, context));
 }
+
+void serial_for(int64_t tasks, Task task, void* context) { task(0, tasks, context); }
 
 }  // namespace
 
@@ -126,21 +130,38 @@ Tensor Operator::new_statistics(int64_t size) const {
   return torch::stable::empty({size}, statistics_type(input), std::nullopt, input.device());
 }
 
-Resampling::Resampling(const Operator& op, int64_t out_height, int64_t out_width, StringHandle mode_handle,
-                       bool align_corners, std::optional<double> scale_h, std::optional<double> scale_w)
-    : Resampling(op, out_height, out_width, resample_mode(op.name, mode_handle), align_corners, scale_h, scale_w) {}
+Call Operator::call(int64_t out_pixels) const {
+  Call call;
+  // PyTorch's own grain size: waking threads takes as long as that many elements.
+  const bool small = batch * channels * std::max(height * width, out_pixels) < 32768;
+  call.parallel_for = small ? serial_for : parallel_for;
+  return call;
+}
+
+Resampling::Resampling(const Operator& op, int64_t out_height, int64_t out_width, StringHandle mode, bool align_corners,
+                       std::optional<double> scale_h, std::optional<double> scale_w)
+    : Resampling(op, out_height, out_width, resample_mode(op.name, mode), align_corners, scale_h, scale_w) {}
 
 Resampling::Resampling(const Operator& op, int64_t out_height, int64_t out_width, ResampleMode mode, bool align_corners,
                        std::optional<double> scale_h, std::optional<double> scale_w)
-    : rows(op.height, out_height, mode, align_corners, scale_h),
-      cols(op.width, out_width, mode, align_corners, scale_w) {}
+    : call_(op.call(out_height * out_width)),
+      rows_(op.height, out_height, mode, align_corners, scale_h),
+      cols_(op.width, out_width, mode, align_corners, scale_w) {}
 
-Call Resampling::forward() const { return {rows.view(), cols.view(), {}, {}, parallel_for}; }
-
-Call TransposedResampling::backward() const {
-  return {forward.rows.view(), forward.cols.view(), rows.view(), cols.view(), parallel_for};
+Call Resampling::forward() const {
+  Call call = call_;
+  call.rows = rows_.view();
+  call.cols = cols_.view();
+  return call;
 }
 
-Call plain_call() { return {{}, {}, {}, {}, parallel_for}; }
+Call Resampling::backward() {
+  rows_transposed_ = rows_.transposed();
+  cols_transposed_ = cols_.transposed();
+  Call call = forward();
+  call.rows_transposed = rows_transposed_->view();
+  call.cols_transposed = cols_transposed_->view();
+  return call;
+}
 
 }  // namespace gsto::cpu

@@ -47,30 +47,26 @@ class Operator {
   Tensor new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const;
   Tensor new_tensor(const std::vector<int64_t>& shape) const;
   Tensor new_statistics(int64_t size) const;
+
+  // A call whose output maps have so many pixels; it has no resampling tables yet.
+  Call call(int64_t out_pixels) const;
 };
 
 // The resampling of a call along both axes.
-struct Resampling {
-  Axis rows, cols;
-
+class Resampling {
+ public:
   Resampling(const Operator& op, int64_t out_height, int64_t out_width, StringHandle mode, bool align_corners,
              std::optional<double> scale_h, std::optional<double> scale_w);
+  Call forward() const;
+  Call backward();  // the tables live as long as this
+
+ private:
   Resampling(const Operator& op, int64_t out_height, int64_t out_width, ResampleMode mode, bool align_corners,
              std::optional<double> scale_h, std::optional<double> scale_w);
-  Call forward() const;
+
+  Call call_;
+  Axis rows_, cols_;
+  std::optional<Axis> rows_transposed_, cols_transposed_;
 };
-
-// The tables of a backward pass.
-struct TransposedResampling {
-  const Resampling& forward;
-  Axis rows, cols;
-
-  explicit TransposedResampling(const Resampling& f)
-      : forward(f), rows(f.rows.transposed()), cols(f.cols.transposed()) {}
-  Call backward() const;
-};
-
-// A call without resampling.
-Call plain_call();
 
 }  // namespace gsto::cpu

@@ -58,42 +58,58 @@ inline void fill_pixels(A* to, int64_t size, A value) {
   for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, Vec<A>{} + value);
 }
 
-// to = sum_t weights[t] * from[t * step] for vectors of `size` values.
-template <class A>
-inline void combine(const double* weights, int64_t taps, const A* from, int64_t step, int64_t size, A* to) {
-  if (taps == 2) {  // bilinear; nearly all the work there is
-    const A w0 = static_cast<A>(weights[0]), w1 = static_cast<A>(weights[1]);
-    for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
-    return;
-  }
-  for (int64_t c = 0; c < size; c += kLanes<A>) {
-    Vec<A> sum = {};
-    for (int64_t t = 0; t < taps; ++t) sum += static_cast<A>(weights[t]) * load(from + t * step + c);
-    store(to + c, sum);
-  }
+// One vector of sum_t weights[t] * from[t * step], or kVectors of them.
+template <int kVectors, class A, class To>
+inline void combine_vectors(const A* weights, int64_t taps, const A* from, int64_t step, To* to) {
+  Vec<A> sum[kVectors] = {};
+  for (int64_t t = 0; t < taps; ++t)
+    for (int v = 0; v < kVectors; ++v) sum[v] += weights[t] * load(from + t * step + v * kLanes<A>);
+  for (int v = 0; v < kVectors; ++v) store(to + v * kLanes<A>, sum[v]);
 }
 
-// Makes the rows of a block one after the other: consume(o, pixels) gets output row o. source(i) returns input row i
-// from column cols.start[block.col0] on; it is asked once for each row that the block touches, in ascending order.
+// to = sum_t weights[t] * from[t * step] for runs of `size` values: whole vectors, unless kExact. The last vector of an
+// exact run overlaps the one before it.
+template <bool kExact, class A, class To>
+inline void combine(const A* weights, int64_t taps, const A* from, int64_t step, int64_t size, To* to) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t c = 0;
+  if (taps == 2) {  // bilinear
+    const A w0 = weights[0], w1 = weights[1];
+    for (; c + lanes <= size; c += lanes) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
+  } else {
+    for (; c + 4 * lanes <= size; c += 4 * lanes) combine_vectors<4>(weights, taps, from + c, step, to + c);
+    for (; c + 2 * lanes <= size; c += 2 * lanes) combine_vectors<2>(weights, taps, from + c, step, to + c);
+    for (; c + lanes <= size; c += lanes) combine_vectors<1>(weights, taps, from + c, step, to + c);
+  }
+  if (!kExact || c == size) return;
+  if (size >= lanes) return combine_vectors<1>(weights, taps, from + size - lanes, step, to + size - lanes);
+  To last[lanes];
+  combine_vectors<1>(weights, taps, from, step, last);
+  for (int64_t i = 0; i < size; ++i) to[i] = last[i];
+}
+
+// Makes the rows of a block one after the other. `row` is the distance of the pixels that source() returns, `step` that
+// of the pixels made: `row` too for tiles, the number of channels for dense memory.
 template <class A>
 class BlockResampler {
  public:
-  BlockResampler(const Blocks<A>& blocks, int64_t row)
+  BlockResampler(const Blocks<A>& blocks, int64_t row, int64_t step)
       : rows_(blocks.rows),
         cols_(blocks.cols),
         row_(row),
-        size_(blocks.width * row),
-        window_(2 * most(1, blocks.rows.most_taps) * size_),
-        result_(size_) {}
+        step_(step),
+        window_(2 * most(1, blocks.rows.most_taps) * blocks.width * step + row) {}
 
+  // source(i) returns input row i from column cols.start[block.col0] on; it is asked once for each row that the block
+  // touches, in ascending order. consume(o, make) gets make(to), which makes output row o.
   template <class Source, class Consume>
   void run(const Block& block, const Source& source, const Consume& consume) const {
     // Input rows, resampled along the columns. Twice the window: when it is full, its second half moves to its front,
     // so the rows that one output needs are always adjacent.
-    const int64_t size = block.width() * row_, capacity = 2 * most(1, rows_.most_taps);
+    const int64_t size = block.width() * step_, capacity = 2 * most(1, rows_.most_taps);
     int64_t base = rows_.start[block.row0], filled = base;  // the window holds rows base .. filled - 1
     for (int64_t o = block.row0; o < block.row1; ++o) {
-      const int64_t start = rows_.start[o], taps = rows_.offset[o + 1] - rows_.offset[o];
+      const int64_t start = rows_.start[o], taps = rows_.taps(o);
       if (filled < start) base = filled = start;
       for (; filled < start + taps; ++filled) {
         if (filled - base == capacity) {
@@ -104,45 +120,61 @@ class BlockResampler {
         }
         resample_columns(block, source(filled), window_.data() + (filled - base) * size);
       }
-      A* first = window_.data() + (start - base) * size;
-      combine(rows_.weight + rows_.offset[o], taps, first, size, size, result_.data());
-      consume(o, result_.data());
+      const A* first = window_.data() + (start - base) * size;
+      consume(o, [&](auto* to) {
+        const A* weights = rows_.template weights<A>(o);
+        if (step_ == row_) {
+          combine<false>(weights, taps, first, size, size, to);
+        } else {
+          combine<true>(weights, taps, first, size, size, to);
+        }
+      });
     }
   }
 
  private:
+  // Pixels that are closer than whole vectors are written in ascending order: each overwrites what the one before it
+  // wrote too much.
   void resample_columns(const Block& block, const A* from, A* to) const {
-    for (int64_t o = block.col0; o < block.col1; ++o, to += row_) {
+    for (int64_t o = block.col0; o < block.col1; ++o, to += step_) {
       const A* source = from + (cols_.start[o] - cols_.start[block.col0]) * row_;
-      combine(cols_.weight + cols_.offset[o], cols_.offset[o + 1] - cols_.offset[o], source, row_, row_, to);
+      combine<false>(cols_.template weights<A>(o), cols_.taps(o), source, row_, row_, to);
     }
   }
 
   AxisView rows_, cols_;
-  int64_t row_, size_;
-  Buffer<A> window_, result_;
+  int64_t row_, step_;
+  Buffer<A> window_;
 };
 
-// Calls consume(n, h, w, count, pixels) for the runs of pixels of one block of the resampled map; source(n, h, w,
-// count, buffer) returns a run of input pixels, for which it may use the buffer.
+// Calls consume(n, h, w, count, make) for the runs of pixels of one block of the resampled map; make(to) makes the run.
+// source(n, h, w, count, buffer) returns a run of input pixels, for which it may use the buffer.
 template <class A, class Source, class Consume>
 inline void resample_block(const Blocks<A>& blocks, const Block& block, const BlockResampler<A>& resampler, A* buffer,
                            const Source& source, const Consume& consume) {
   const int64_t w = blocks.cols.start[block.col0], count = blocks.cols.end(block.col1 - 1) - w;
   resampler.run(
       block, [&](int64_t i) { return source(block.n, i, w, count, buffer); },
-      [&](int64_t o, A* pixels) { consume(block.n, o, block.col0, block.width(), pixels); });
+      [&](int64_t o, const auto& make) { consume(block.n, o, block.col0, block.width(), make); });
 }
 
-// The same for the whole map.
-template <class A, class Source, class Consume>
-inline void resample(const Call& call, const Blocks<A>& blocks, int64_t channels, const Source& source,
-                     const Consume& consume) {
+// A whole map, resampled into memory of any layout.
+template <class S, class A, class Source>
+inline void resample_to(const Call& call, const Blocks<A>& blocks, int64_t channels, const TensorView& to,
+                        const Source& source) {
+  const bool dense = to.stride_c == 1 && to.stride_w == channels;
+  const int64_t row = padded<A>(channels);
   parallel_for(call, blocks.tasks(), [&](int64_t begin, int64_t end) {
-    const BlockResampler<A> resampler(blocks, padded<A>(channels));
-    const Buffer<A> buffer(blocks.input_width() * padded<A>(channels));
-    for (int64_t task = begin; task < end; ++task)
-      resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, consume);
+    const BlockResampler<A> resampler(blocks, row, dense ? channels : row);
+    const Buffer<A> buffer(blocks.input_width() * row), tile(dense ? 0 : blocks.width * row);
+    for (int64_t task = begin; task < end; ++task) {
+      resample_block(blocks, blocks.block(task), resampler, buffer.data(), source,
+                     [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
+                       if (dense) return make(mutable_pixel<S>(to, n, h, w));
+                       make(tile.data());
+                       store_pixels<S>(to, channels, n, h, w, count, tile.data());
+                     });
+    }
   });
 }
 

@@ -29,19 +29,107 @@ inline Vec<A> sigmoid(Vec<A> logit) {
   return (logit < 0 ? e : Vec<A>{} + A(1)) / (A(1) + e);
 }
 
-// gate = sigmoid(gate_weight . x + gate_bias) for the pixels of a tile, which become gate * x. gate holds whole
-// vectors.
+// gate = sigmoid(gate + gate_bias). gate holds whole vectors.
 template <class A>
-inline void gate_pixels(A* tile, const A* gate_weight, A gate_bias, int64_t row, int64_t count, A* gate) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t p = 0; p < count; p += lanes) {
-    const int64_t valid = least(lanes, count - p);
-    A logits[lanes] = {};
-    dot_pixels(tile + p * row, gate_weight, 0, row, valid, logits);
-    store(gate + p, sigmoid<A>(load(logits) + gate_bias));
-    scale_pixels(tile + p * row, gate + p, row, valid);
-  }
+inline void gate_logits(A* gate, A gate_bias, int64_t count) {
+  for (int64_t p = 0; p < count; p += kLanes<A>) store(gate + p, sigmoid<A>(load(gate + p) + gate_bias));
 }
+
+// gate = sigmoid(gate_weight . x + gate_bias) for the pixels of a tile, and gated = gate * x, which may be the same
+// tile.
+template <class A>
+inline void gate_pixels(const A* tile, const A* gate_weight, A gate_bias, int64_t row, int64_t count, A* gate,
+                        A* gated) {
+  dot_pixels(tile, gate_weight, 0, row, count, gate);
+  gate_logits(gate, gate_bias, count);
+  scale_pixels(tile, gate, row, count, gated);
+}
+
+// From dots[p] = d/dg . x and, in grad, the gradient of the gate itself: the gradients of the logits, in grad. Returns
+// their sum.
+template <class A>
+inline A gate_gradients(const A* gate, const A* dots, int64_t count, A* grad) {
+  A total = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    grad[p] = (grad[p] + dots[p]) * gate[p] * (A(1) - gate[p]);
+    total += grad[p];
+  }
+  return total;
+}
+
+// channels_last memory of at least one vector of channels needs no tile. The last vector of a pixel overlaps the one
+// before it; in sums the lanes that were there already count as zero.
+template <class S, class A = Accumulate<S>>
+struct ChannelRuns {
+  int64_t channels, whole;  // channels in whole vectors
+  bool has_tail;
+  decltype(Vec<A>{} < Vec<A>{}) tail_lanes;
+
+  explicit ChannelRuns(int64_t c)
+      : channels(c), whole(c / kLanes<A> * kLanes<A>), has_tail(whole < c), tail_lanes(tail_mask(c - whole)) {}
+
+  static auto tail_mask(int64_t count) {
+    A numbers[kLanes<A>];
+    for (int64_t i = 0; i < kLanes<A>; ++i) numbers[i] = static_cast<A>(i);
+    return load(numbers) >= Vec<A>{} + static_cast<A>(kLanes<A> - count);
+  }
+  int64_t tail() const { return channels - kLanes<A>; }
+  Vec<A> load_tail(const S* from) const { return tail_lanes ? load(from + tail()) : Vec<A>{}; }
+
+  // dots[p] = a[p] . b[p]; b_stride == 0 takes the same b for every pixel. dots holds whole vectors.
+  template <class T>
+  void dot(const S* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count, A* dots) const {
+    constexpr int64_t lanes = kLanes<A>;
+    for (int64_t p = 0; p < count; p += lanes) {
+      Vec<A> sums[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t at = least(p + i, count - 1);
+        sums[i] = has_tail ? load_tail(a + at * a_stride) * load(b + at * b_stride + tail()) : Vec<A>{};
+      }
+      for (int64_t c = 0; c < whole; c += lanes) {
+        for (int64_t i = 0; i < lanes; ++i) {
+          const int64_t at = least(p + i, count - 1);
+          sums[i] += load(a + at * a_stride + c) * load(b + at * b_stride + c);
+        }
+      }
+      transpose<A>(sums);
+      for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
+      store(dots + p, sums[0]);
+    }
+  }
+
+  // gate as above, output = gate * input.
+  void gate(const S* input, int64_t input_stride, const A* gate_weight, A gate_bias, int64_t count, A* gate, S* output,
+            int64_t output_stride) const {
+    dot(input, input_stride, gate_weight, 0, count, gate);
+    gate_logits(gate, gate_bias, count);
+    for (int64_t p = 0; p < count; ++p) {
+      const S* from = input + p * input_stride;
+      S* to = output + p * output_stride;
+      for (int64_t c = 0; c < whole; c += kLanes<A>) store(to + c, gate[p] * load(from + c));
+      if (has_tail) store(to + tail(), gate[p] * load(from + tail()));
+    }
+  }
+
+  // grad_input = gate * grad_output + grad_logit * gate_weight for a vector of channels; adds grad_logit * input to
+  // sums.
+  void input_gradient(const S* grad_output, int64_t grad_output_stride, const S* input, int64_t input_stride,
+                      const A* gate_weight, const A* gate, const A* grad_logit, int64_t count, A* sums, S* grad_input,
+                      int64_t grad_input_stride) const {
+    const auto work = [&](int64_t c, const auto& load_input) {
+      const Vec<A> weight = load(gate_weight + c);
+      Vec<A> sum = load(sums + c);
+      for (int64_t p = 0; p < count; ++p) {
+        sum += grad_logit[p] * load_input(input + p * input_stride);
+        store(grad_input + p * grad_input_stride + c,
+              gate[p] * load(grad_output + p * grad_output_stride + c) + grad_logit[p] * weight);
+      }
+      store(sums + c, sum);
+    };
+    for (int64_t c = 0; c < whole; c += kLanes<A>) work(c, [=](const S* from) { return load(from + c); });
+    if (has_tail) work(tail(), [&](const S* from) { return load_tail(from); });
+  }
+};
 
 // The same for kVectors vectors of pixels of an NCHW image, to an NCHW image, without transposition. `valid` is the
 // number of pixels; it is less than whole vectors only where kVectors == 1. scratch holds kVectors vectors per channel:

@@ -24,19 +24,48 @@ struct GatedPixels {
         row(padded<A>(p.channels)),
         out_row(padded<A>(p.out_channels)) {}
 
-  // x[p] becomes g[p] * x[p].
-  void gate_tile(A* tile, int64_t count, A* gate) const {
-    gate_pixels(tile, operands.gate_weight.data(), operands.gate_bias, row, count, gate);
+  // gated[p] = g[p] * x[p], which may be the same tile.
+  void gate_tile(const A* x, int64_t count, A* gate, A* gated) const {
+    gate_pixels(x, operands.gate_weight.data(), operands.gate_bias, row, count, gate, gated);
   }
 
   void store_gate(int64_t n, int64_t h, int64_t w, int64_t count, const A* gate) const {
     store_channels(mutable_pixel<S>(p.gate, n, h, w), count, gate);  // forward's gate is contiguous
   }
 
-  void project_forward(const A* tile, int64_t count, A* result) const {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < out_row; c += kLanes<A>) store(result + i * out_row + c, load(operands.bias.data() + c));
-    project(tile, count, p.channels, operands.weight_by_row.data(), p.out_channels, result);
+  // W of gated pixels.
+  void project_forward(const A* gated, int64_t count, A* result) const {
+    project(gated, count, p.channels, operands.weight_by_row.data(), p.out_channels, result);
+    finish_projection(count, nullptr, result);
+  }
+
+  // g and z. The gate is a factor per pixel, so it can wait until after the product, whose result is smaller or in
+  // cache, and rho can be one more row of W.
+  void gate_and_project(const A* x, int64_t count, A* gate, A* z) const {
+    if (!has_weight) {
+      gate_tile(x, count, gate, z);
+      if (p.relu) relu_pixels(z, count * out_row);
+      return;
+    }
+    project(x, count, p.channels, operands.weight_by_row.data(), p.out_channels, z);
+    if (p.out_channels < out_row) {
+      for (int64_t i = 0; i < count; ++i) gate[i] = z[i * out_row + p.out_channels];
+    } else {
+      dot_pixels(x, operands.gate_weight.data(), 0, row, count, gate);
+    }
+    gate_logits(gate, operands.gate_bias, count);
+    finish_projection(count, gate, z);
+  }
+
+  // z = act(g z + bias), g being 1 without a gate.
+  void finish_projection(int64_t count, const A* gate, A* z) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const A factor = gate ? gate[i] : A(1);
+      for (int64_t c = 0; c < out_row; c += kLanes<A>) {
+        const Vec<A> value = factor * load(z + i * out_row + c) + load(operands.bias.data() + c);
+        store(z + i * out_row + c, p.relu ? relu(value) : value);
+      }
+    }
   }
 
   // Without a product the tile should stay in L1.
@@ -49,19 +78,16 @@ struct GatedPixels {
     return Pixels(p.batch, p.in_height, p.in_width, collapse, pixels_per_tile());
   }
 
-  // z of a range of pixels, to place(n, h, w), or to a tile where that is null; then consume(n, h, w, count, z).
+  // Calls consume(n, h, w, count, z) for a range of pixels; place(n, h, w, tile) says where z is made, which may be the
+  // tile.
   template <class Place, class Consume>
   void forward(const Pixels& pixels, int64_t begin, int64_t end, const Place& place, const Consume& consume) const {
     const Buffer<A> tile(pixels.chunk * row), product(pixels.chunk * out_row), gate(padded<A>(pixels.chunk));
     pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-      A* given = place(n, h, w);
-      A* z = given ? given : product.data();
-      A* x = has_weight ? tile.data() : z;
-      load_pixels<S>(p.input, p.channels, n, h, w, count, x);
-      gate_tile(x, count, gate.data());
+      A* z = place(n, h, w, product.data());
+      const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, tile.data());
+      gate_and_project(x, count, gate.data(), z);
       store_gate(n, h, w, count, gate.data());
-      if (has_weight) project_forward(x, count, z);
-      if (p.relu) relu_pixels(z, count * out_row);
       consume(n, h, w, count, z);
     });
   }
@@ -82,56 +108,47 @@ struct GatedPixels {
   int64_t gate_sums() const { return row + kLanes<A>; }
   int64_t weight_sums() const { return has_weight ? p.out_channels * row + out_row : 0; }
 
-  // The gate's share: from u = d/d(g x), x and g makes grad_input's pixels (in u) and, in x, g x. Adds to the sums.
-  // grad is scratch for two values per pixel.
-  void gate_backward(int64_t n, int64_t h, int64_t w, int64_t count, A* u, A* x, const A* gate, A* grad,
+  // The gate's share: from u = d/d(g x), x and g makes grad_input's pixels, in u, and adds to the sums. grad is scratch
+  // for two values per pixel.
+  void gate_backward(int64_t n, int64_t h, int64_t w, int64_t count, A* u, const A* x, const A* gate, A* grad,
                      A* sums) const {
     load_optional_scalars<S>(p.grad_gate, n, h, w, count, grad);
     A* dots = grad + count;
     dot_pixels(u, x, row, row, count, dots);
-    A total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      grad[i] = (grad[i] + dots[i]) * gate[i] * (A(1) - gate[i]);
-      total += grad[i];
-    }
-    sums[row] += total;
+    sums[row] += gate_gradients(gate, dots, count, grad);
     for (int64_t c = 0; c < row; c += kLanes<A>) {
       const Vec<A> gate_weight = load(operands.gate_weight.data() + c);
       Vec<A> sum = {};
       for (int64_t i = 0; i < count; ++i) {
-        const Vec<A> value = load(x + i * row + c);
-        sum += grad[i] * value;
+        sum += grad[i] * load(x + i * row + c);
         store(u + i * row + c, gate[i] * load(u + i * row + c) + grad[i] * gate_weight);
-        store(x + i * row + c, gate[i] * value);
       }
       store(sums + c, load(sums + c) + sum);
     }
   }
 
-  // The whole backward of a run of pixels, from the gradient of z, which it may overwrite.
+  // The whole backward of a run of pixels, from the gradient of z, which it overwrites.
   void backward(int64_t n, int64_t h, int64_t w, int64_t count, A* grad, const Workspace& space, A* sums) const {
-    A* x = space.x.data();
-    load_pixels<S>(p.input, p.channels, n, h, w, count, x);
+    const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.data());
+    const A* gate = space.gate.data();
     load_scalars<S>(p.gate, n, h, w, count, space.gate.data());
-    if (p.relu) mask(x, space.gate.data(), count, grad, space.z.data());
+    if (p.relu) mask(x, gate, count, grad, space.z.data());
     A* u = grad;
     if (has_weight) {
-      u = space.u.data();
+      u = tile_for<S>(p.grad_input, p.channels, n, h, w, space.u.data());
       project_backward(grad, count, u);
-    }
-    gate_backward(n, h, w, count, u, x, space.gate.data(), space.scalars.data(), sums);
-    if (has_weight) {
-      add_weight_gradient(grad, x, count, sums + gate_sums());
       add_pixels(grad, out_row, count, sums + gate_sums() + p.out_channels * row);
+      scale_pixels(grad, gate, out_row, count, grad);
+      add_weight_gradient(grad, x, count, sums + gate_sums());
     }
-    store_pixels<S>(p.grad_input, p.channels, n, h, w, count, u);
+    gate_backward(n, h, w, count, u, x, gate, space.scalars.data(), sums);
+    finish_tile<S>(p.grad_input, p.channels, n, h, w, count, u);
   }
 
   // The ReLU's share: z once more, as g (W x) + bias.
   void mask(const A* x, const A* gate, int64_t count, A* grad, A* z) const {
     const A* product = x;
     if (has_weight) {
-      fill_pixels(z, count * out_row, A(0));
       project(x, count, p.channels, operands.weight_by_row.data(), p.out_channels, z);
       product = z;
     }
@@ -145,12 +162,11 @@ struct GatedPixels {
   }
 
   void project_backward(const A* grad, int64_t count, A* result) const {
-    fill_pixels(result, count * row, A(0));
     project(grad, count, p.out_channels, operands.weight.data(), p.channels, result);
   }
 
   void add_weight_gradient(const A* grad, const A* x, int64_t count, A* sums) const {
-    gemm(Gemm<A>{p.out_channels, row, count, grad, 1, out_row, x, row, sums, row});
+    gemm(Gemm<A>{p.out_channels, row, count, grad, 1, out_row, x, row, sums, row, true});
   }
 
   // Pixels of a backward pass that reads these maps, too, where they are given.
@@ -184,8 +200,11 @@ struct GatedPixels {
   }
 
   void store_weight_gradients(const Reduction<A>& reduction, int64_t first) const {
-    for (int64_t m = 0; m < p.out_channels; ++m)
-      reduction.template store_totals<S>(first + m * row, p.channels, static_cast<S*>(p.grad_weight) + m * p.channels);
+    parallel_for(call, p.out_channels, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        reduction.template store_totals<S>(first + m * row, p.channels,
+                                           static_cast<S*>(p.grad_weight) + m * p.channels);
+    });
     if (p.grad_bias) reduction.template store_totals<S>(first + p.out_channels * row, p.out_channels, p.grad_bias);
   }
 };

@@ -63,10 +63,13 @@ struct GatedProjection : GatedPixels<S> {
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const Moments<A> moments(sums, out_row);
       Base::forward(
-          pixels, begin, end, [](int64_t, int64_t, int64_t) { return static_cast<A*>(nullptr); },
+          pixels, begin, end,
+          [&](int64_t n, int64_t h, int64_t w, A* tile) {
+            return tile_for<S>(p.output, p.out_channels, n, h, w, tile);
+          },
           [&](int64_t n, int64_t h, int64_t w, int64_t count, const A* z) {
             moments.add_pixels(z, count);
-            store_pixels<S>(p.output, p.out_channels, n, h, w, count, z);
+            finish_tile<S>(p.output, p.out_channels, n, h, w, count, z);
           });
     });
     const Buffer<A> values(Moments<A>::size(out_row));
@@ -96,8 +99,7 @@ struct GatedProjection : GatedPixels<S> {
     Base::backward(pixels, 2, [&](int64_t n, int64_t h, int64_t w, int64_t run, A* grad) {
       load_pixels<S>(p.grad_output, p.out_channels, n, h, w, run, grad);
       if (!from_statistics) return grad;
-      A* z = grad + pixels.chunk * out_row;
-      load_pixels<S>(p.output, p.out_channels, n, h, w, run, z);
+      const A* z = tile_of<S>(p.output, p.out_channels, n, h, w, run, grad + pixels.chunk * out_row);
       for (int64_t c = 0; c < out_row; c += kLanes<A>) {
         const Vec<A> centre = load(mean.data() + c), m = load(slope.data() + c), b = load(offset.data() + c);
         for (int64_t i = c; i < run * out_row; i += out_row)

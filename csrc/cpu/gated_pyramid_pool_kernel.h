@@ -137,16 +137,16 @@ struct GatedPyramidPool {
         fill_pixels(cell_row, cell_row_size(), A(0));
         const int64_t n = task / p.row_cells;
         visit(task % p.row_cells, [&](int64_t h, int64_t w, int64_t count, int64_t j) {
-          load_pixels<S>(p.input, p.channels, n, h, w, count, x.data());
-          make_gates(n, h, w, count, x.data(), gate.data());
-          split(w, count, j, [&](int64_t at, int64_t first, int64_t pixels) {
+          const A* pixels = tile_of<S>(p.input, p.channels, n, h, w, count, x.data());
+          make_gates(n, h, w, count, pixels, gate.data());
+          split(w, count, j, [&](int64_t at, int64_t first, int64_t part_count) {
             for (int64_t k = 0; k < levels; k += kGroup) {
-              const A* part = x.data() + first * row;
+              const A* part = pixels + first * row;
               const A* part_gate = gate.data() + k * tile + first;
               A* sums = cell(cell_row, at, k);
               int64_t c = 0;
-              for (; c + 2 * lanes <= row; c += 2 * lanes) add_gated<2>(part + c, pixels, part_gate, sums + c);
-              if (c < row) add_gated<1>(part + c, pixels, part_gate, sums + c);
+              for (; c + 2 * lanes <= row; c += 2 * lanes) add_gated<2>(part + c, part_count, part_gate, sums + c);
+              if (c < row) add_gated<1>(part + c, part_count, part_gate, sums + c);
             }
           });
         });
@@ -217,23 +217,24 @@ struct GatedPyramidPool {
         const int64_t n = task / p.row_cells;
         spread_windows(grad_pooled, n, task % p.row_cells, cell_row.data());
         visit(task % p.row_cells, [&](int64_t h, int64_t w, int64_t count, int64_t j) {
-          load_pixels<S>(p.input, p.channels, n, h, w, count, x.data());
+          const A* pixels = tile_of<S>(p.input, p.channels, n, h, w, count, x.data());
+          A* result = tile_for<S>(p.grad_input, p.channels, n, h, w, u.data());
           for (int64_t k = 0; k < p.levels; ++k)
             load_scalars<S>(level(p.gate, k), n, h, w, count, gate.data() + k * tile);
-          split(w, count, j, [&](int64_t at, int64_t first, int64_t pixels) {
+          split(w, count, j, [&](int64_t at, int64_t first, int64_t part_count) {
             for (int64_t k = 0; k < levels; k += kGroup)
-              dot_levels(x.data() + first * row, pixels, cell(cell_row.data(), at, k), grad.data() + k * tile + first);
+              dot_levels(pixels + first * row, part_count, cell(cell_row.data(), at, k),
+                         grad.data() + k * tile + first);
           });
           gate_backward(n, h, w, count, gate.data(), grad.data(), sums + levels * row);
-          split(w, count, j, [&](int64_t at, int64_t first, int64_t pixels) {
+          split(w, count, j, [&](int64_t at, int64_t first, int64_t part_count) {
             for (int64_t k = 0; k < levels; k += kGroup)
               for (int64_t c = 0; c < row; c += lanes)
-                input_backward(x.data() + first * row + c, pixels, gate.data() + k * tile + first,
+                input_backward(pixels + first * row + c, part_count, gate.data() + k * tile + first,
                                grad.data() + k * tile + first, cell(cell_row.data(), at, k) + c,
-                               gate_weight.data() + k * row + c, k == 0, u.data() + first * row + c,
-                               sums + k * row + c);
+                               gate_weight.data() + k * row + c, k == 0, result + first * row + c, sums + k * row + c);
           });
-          store_pixels<S>(p.grad_input, p.channels, n, h, w, count, u.data());
+          finish_tile<S>(p.grad_input, p.channels, n, h, w, count, result);
         });
       }
     });

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", op.name, ": grad_output must be (N, C', H', W'), got ",
                   shape_of(grad_output));
   std::tie(p.out_height, p.out_width) = op.output_size({grad_output.size(2), grad_output.size(3)});
-  const Resampling resampling(op, p.out_height, p.out_width, mode, align_corners, scale_h, scale_w);
+  Resampling resampling(op, p.out_height, p.out_width, mode, align_corners, scale_h, scale_w);
   op.check("grad_output", grad_output, {p.batch, p.out_channels, p.out_height, p.out_width});
   op.check("gate", gate, {p.batch, 1, p.in_height, p.in_width});
   op.check("grad_gate", grad_gate, {p.batch, 1, p.in_height, p.in_width});
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_gate_bias = grad_gate_bias.data_ptr();
   p.grad_weight = grad_weight.data_ptr();
   p.grad_bias = grad_bias.data_ptr();
-  chosen_kernels().gated_scale_transfer_backward(TransposedResampling(resampling).backward(), p);
+  chosen_kernels().gated_scale_transfer_backward(resampling.backward(), p);
   return {grad_input, grad_gate_weight, grad_gate_bias, grad_weight, grad_bias};
 }
 

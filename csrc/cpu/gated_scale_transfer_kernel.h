@@ -35,29 +35,35 @@ struct GatedScaleTransfer : GatedPixels<S> {
         shrinks(c.rows.out * c.cols.out < c.rows.in * c.cols.in),
         project_late(shrinks && has_weight && !params.relu) {}
 
+  // Whether only a gate is applied, to maps that these say can do without tiles.
+  template <class F>
+  bool gate_only(const F& fits, const TensorView& from, const TensorView& to) const {
+    return identity && !has_weight && !p.relu && fits(p.input) && fits(from) && fits(to);
+  }
+
+  static bool has_runs(const TensorView& t) { return t.stride_c == 1; }
+
   void forward() const {
     if (shrinks) {
       forward_blocks();
-    } else if (identity && !has_weight && !p.relu && planar(p.input) && planar(p.output)) {
+    } else if (gate_only(planar, p.input, p.output)) {
       forward_planes();
+    } else if (p.channels >= kLanes<A> && gate_only(has_runs, p.input, p.output)) {
+      forward_runs();
     } else if (identity) {
-      forward_whole([](int64_t, int64_t, int64_t) { return static_cast<A*>(nullptr); }, store_output());
+      forward_whole([&](int64_t n, int64_t h, int64_t w,
+                        A* tile) { return tile_for<S>(p.output, p.out_channels, n, h, w, tile); },
+                    [&](int64_t n, int64_t h, int64_t w, int64_t count, const A* z) {
+                      finish_tile<S>(p.output, p.out_channels, n, h, w, count, z);
+                    });
     } else {
       const Map<A> projected(p.batch, p.in_height * p.in_width, p.out_channels);
-      forward_whole([&](int64_t n, int64_t h, int64_t w) { return projected.at(n, h * p.in_width + w); },
-                    [](int64_t, int64_t, int64_t, int64_t, const A*) {});
-      const auto source = [&](int64_t n, int64_t h, int64_t w, int64_t, A*) {
-        return static_cast<const A*>(projected.at(n, h * p.in_width + w));
-      };
+      const auto place = [&](int64_t n, int64_t h, int64_t w, A*) { return projected.at(n, h * p.in_width + w); };
+      forward_whole(place, [](int64_t, int64_t, int64_t, int64_t, const A*) {});
       const Blocks<A> blocks(p.batch, call.rows, call.cols, p.out_channels);
-      resample(call, blocks, p.out_channels, source, store_output());
+      resample_to<S>(call, blocks, p.out_channels, p.output,
+                     [&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return place(n, h, w, nullptr); });
     }
-  }
-
-  auto store_output() const {
-    return [this](int64_t n, int64_t h, int64_t w, int64_t count, const A* pixels) {
-      store_pixels<S>(p.output, p.out_channels, n, h, w, count, pixels);
-    };
   }
 
   // Gate, projection and activation of the whole map.
@@ -92,16 +98,30 @@ struct GatedScaleTransfer : GatedPixels<S> {
     });
   }
 
+  // The gate alone, channels_last.
+  void forward_runs() const {
+    const Pixels pixels = this->forward_pixels();
+    const ChannelRuns<S> runs(p.channels);
+    parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
+      const Buffer<A> gate(padded<A>(pixels.chunk));
+      pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+        runs.gate(pixel<S>(p.input, n, h, w), p.input.stride_w, operands.gate_weight.data(), operands.gate_bias, count,
+                  gate.data(), mutable_pixel<S>(p.output, n, h, w), p.output.stride_w);
+        this->store_gate(n, h, w, count, gate.data());
+      });
+    });
+  }
+
   // All steps block by block: no map in between is written.
   void forward_blocks() const {
     const Blocks<A> blocks(p.batch, call.rows, call.cols, most(p.channels, p.out_channels));
     const bool project_early = has_weight && !project_late;
     const int64_t pooled_row = project_late ? row : out_row;
     parallel_for(call, blocks.tasks(), [&](int64_t begin, int64_t end) {
-      const BlockResampler<A> resampler(blocks, pooled_row);
+      const BlockResampler<A> resampler(blocks, pooled_row, pooled_row);
       const int64_t input_width = blocks.input_width();
       const Buffer<A> x(input_width * row), gate(padded<A>(input_width)), z(project_early ? input_width * out_row : 0),
-          product(project_late ? blocks.width * out_row : 0);
+          pooled(blocks.width * pooled_row), product(project_late ? blocks.width * out_row : 0);
       for (int64_t task = begin; task < end; ++task) {
         const Block block = blocks.block(task);
         const int64_t h_end = blocks.owned_end(call.rows, block.row1), w_end = blocks.owned_end(call.cols, block.col1);
@@ -109,24 +129,26 @@ struct GatedScaleTransfer : GatedPixels<S> {
         const int64_t count = most(w_end, call.cols.end(block.col1 - 1)) - w;
         int64_t h = blocks.owned_begin(call.rows, block.row0);
         const auto gate_next_row = [&] {
-          load_pixels<S>(p.input, p.channels, block.n, h, w, count, x.data());
-          this->gate_tile(x.data(), count, gate.data());
+          const A* pixels = tile_of<S>(p.input, p.channels, block.n, h, w, count, x.data());
+          if (project_late) {
+            this->gate_tile(pixels, count, gate.data(), x.data());
+          } else {
+            this->gate_and_project(pixels, count, gate.data(), project_early ? z.data() : x.data());
+          }
           if (h < h_end) this->store_gate(block.n, h, w, w_end - w, gate.data());
           ++h;
         };
         const auto source = [&](int64_t i) {
           while (h <= i) gate_next_row();
-          const int64_t first = call.cols.start[block.col0] - w;
-          const A* gated = x.data() + first * row;
-          A* pixels = project_early ? z.data() : x.data() + first * row;
-          if (project_early) this->project_forward(gated, count - first, pixels);
-          if (p.relu) relu_pixels(pixels, (count - first) * out_row);
-          return static_cast<const A*>(pixels);
+          const A* gated = project_early ? z.data() : x.data();
+          return gated + (call.cols.start[block.col0] - w) * pooled_row;
         };
-        resampler.run(block, source, [&](int64_t o, A* pooled) {
-          if (project_late) this->project_forward(pooled, block.width(), product.data());
-          const A* result = project_late ? product.data() : pooled;
-          store_pixels<S>(p.output, p.out_channels, block.n, o, block.col0, block.width(), result);
+        resampler.run(block, source, [&](int64_t o, const auto& make) {
+          A* result = project_late ? product.data()
+                                   : tile_for<S>(p.output, p.out_channels, block.n, o, block.col0, pooled.data());
+          make(project_late ? pooled.data() : result);
+          if (project_late) this->project_forward(pooled.data(), block.width(), result);
+          finish_tile<S>(p.output, p.out_channels, block.n, o, block.col0, block.width(), result);
         });
         while (h < h_end) gate_next_row();
       }
@@ -134,18 +156,20 @@ struct GatedScaleTransfer : GatedPixels<S> {
   }
 
   void backward() const {
-    if (identity && !has_weight && !p.relu && planar(p.input) && planar(p.grad_output) && planar(p.grad_input)) {
+    if (gate_only(planar, p.grad_output, p.grad_input)) {
       backward_planes();
+    } else if (p.channels >= kLanes<A> && gate_only(has_runs, p.grad_output, p.grad_input)) {
+      backward_runs();
     } else if (identity) {
-      Base::backward(this->backward_pixels(this->pixels_per_tile(), p.grad_output), 1, load_grad_output());
+      Base::backward(this->backward_pixels(this->pixels_per_tile(), p.grad_output), 1,
+                     [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+                       load_pixels<S>(p.grad_output, p.out_channels, n, h, w, count, buffer);
+                       return buffer;
+                     });
     } else if (!shrinks) {
       const Map<A> grad(p.batch, p.in_height * p.in_width, p.out_channels);
       const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.out_channels);
-      resample(call, blocks, p.out_channels, load_grad_output(),
-               [&](int64_t n, int64_t h, int64_t w, int64_t count, const A* pixels) {
-                 __builtin_memcpy(grad.at(n, h * p.in_width + w), pixels,
-                                  sizeof(A) * static_cast<size_t>(count * grad.row));
-               });
+      resample_to<A>(call, blocks, grad.row, grad.view(p.in_width), tile_of_grad_output());
       Base::backward(this->backward_pixels(this->pixels_per_tile(), {}), 0,
                      [&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.in_width + w); });
     } else if (project_late) {
@@ -153,15 +177,35 @@ struct GatedScaleTransfer : GatedPixels<S> {
       backward_late_projection(grad);
       backward_blocks([&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.out_width + w); });
     } else {
-      backward_blocks(load_grad_output());
+      backward_blocks(tile_of_grad_output());
     }
   }
 
-  auto load_grad_output() const {
+  // A run of grad_output, to read.
+  auto tile_of_grad_output() const {
     return [this](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-      load_pixels<S>(p.grad_output, p.out_channels, n, h, w, count, buffer);
-      return buffer;
+      return tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, buffer);
     };
+  }
+
+  void backward_runs() const {
+    const Pixels pixels = this->backward_pixels(this->pixels_per_tile(), p.grad_output);
+    const ChannelRuns<S> runs(p.channels);
+    Reduction<A> reduction(pixels.tasks(), this->gate_sums());
+    reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
+      const int64_t size = padded<A>(pixels.chunk);
+      const Buffer<A> gate(size), grad(size), dots(size);
+      pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+        const S *u = pixel<S>(p.grad_output, n, h, w), *x = pixel<S>(p.input, n, h, w);
+        load_scalars<S>(p.gate, n, h, w, count, gate.data());
+        load_optional_scalars<S>(p.grad_gate, n, h, w, count, grad.data());
+        runs.dot(u, p.grad_output.stride_w, x, p.input.stride_w, count, dots.data());
+        sums[row] += gate_gradients(gate.data(), dots.data(), count, grad.data());
+        runs.input_gradient(u, p.grad_output.stride_w, x, p.input.stride_w, operands.gate_weight.data(), gate.data(),
+                            grad.data(), count, sums, mutable_pixel<S>(p.grad_input, n, h, w), p.grad_input.stride_w);
+      });
+    });
+    this->store_gate_gradients(reduction);
   }
 
   void backward_planes() const {
@@ -193,23 +237,25 @@ struct GatedScaleTransfer : GatedPixels<S> {
     const Blocks<A> blocks(p.batch, call.rows, call.cols, most(p.channels, p.out_channels));
     Reduction<A> reduction(blocks.tasks(), this->weight_sums());
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
-      const BlockResampler<A> resampler(blocks, row);
+      const BlockResampler<A> resampler(blocks, row, row);
       const int64_t input_width = blocks.input_width();
-      const Buffer<A> x(input_width * row), gate(padded<A>(input_width)), grad_output(blocks.width * out_row);
+      const Buffer<A> gated(input_width * row), gate(padded<A>(input_width)), pooled(blocks.width * row),
+          grad_output(blocks.width * out_row);
       const auto gated_pixels = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-        load_pixels<S>(p.input, p.channels, n, h, w, count, buffer);
+        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, buffer);
         load_scalars<S>(p.gate, n, h, w, count, gate.data());
-        scale_pixels(buffer, gate.data(), row, count);
-        return static_cast<const A*>(buffer);
+        scale_pixels(x, gate.data(), row, count, buffer);
+        return buffer;
       };
-      const auto project_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, const A* pooled) {
-        load_pixels<S>(p.grad_output, p.out_channels, n, h, w, count, grad_output.data());
-        this->project_backward(grad_output.data(), count, grad.at(n, h * p.out_width + w));
-        this->add_weight_gradient(grad_output.data(), pooled, count, sums);
-        add_pixels(grad_output.data(), out_row, count, sums + p.out_channels * row);
+      const auto project_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
+        make(pooled.data());
+        const A* result = tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, grad_output.data());
+        this->project_backward(result, count, grad.at(n, h * p.out_width + w));
+        this->add_weight_gradient(result, pooled.data(), count, sums);
+        add_pixels(result, out_row, count, sums + p.out_channels * row);
       };
       for (int64_t task = begin; task < end; ++task)
-        resample_block(blocks, blocks.block(task), resampler, x.data(), gated_pixels, project_gradient);
+        resample_block(blocks, blocks.block(task), resampler, gated.data(), gated_pixels, project_gradient);
     });
     this->store_weight_gradients(reduction, 0);
   }
@@ -225,15 +271,22 @@ struct GatedScaleTransfer : GatedPixels<S> {
                            projects ? 64 : 16);
     Reduction<A> reduction(blocks.tasks(), this->gate_sums() + (projects ? this->weight_sums() : 0));
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
-      const BlockResampler<A> resampler(blocks, padded<A>(channels));
-      const Buffer<A> buffer(blocks.input_width() * padded<A>(channels));
+      const int64_t step = padded<A>(channels);
+      const BlockResampler<A> resampler(blocks, step, step);
+      const Buffer<A> buffer(blocks.input_width() * step), tile(blocks.width * step);
       const Workspace space(*this, blocks.width);
-      const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* u) {
-        if (!project_late) return Base::backward(n, h, w, count, u, space, sums);
-        load_pixels<S>(p.input, p.channels, n, h, w, count, space.x.data());
+      const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
+        if (projects) {
+          make(tile.data());
+          return Base::backward(n, h, w, count, tile.data(), space, sums);
+        }
+        A* u = tile_for<S>(p.grad_input, p.channels, n, h, w, tile.data());
+        make(u);
+        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.data());
         load_scalars<S>(p.gate, n, h, w, count, space.gate.data());
-        this->gate_backward(n, h, w, count, u, space.x.data(), space.gate.data(), space.scalars.data(), sums);
-        store_pixels<S>(p.grad_input, p.channels, n, h, w, count, u);
+        if (p.relu) this->mask(x, space.gate.data(), count, u, nullptr);
+        this->gate_backward(n, h, w, count, u, x, space.gate.data(), space.scalars.data(), sums);
+        finish_tile<S>(p.grad_input, p.channels, n, h, w, count, u);
       };
       for (int64_t task = begin; task < end; ++task)
         resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, finish);

@@ -1,5 +1,5 @@
-// A small matrix product for operands that sit in cache: C (m, n) += A (m, k) B (k, n). Included once per instruction
-// set.
+// A small matrix product for operands that sit in cache: C (m, n) = A (m, k) B (k, n), or C += A B. Included once per
+// instruction set.
 #pragma once
 
 namespace gsto::cpu::GSTO_ISA {
@@ -15,6 +15,7 @@ struct Gemm {
   int64_t b_row;
   T* c;
   int64_t c_row;
+  bool accumulate;
 };
 
 // 8 x 3 accumulators (AVX-512: 24 of 32 registers) or 4 x 3 (AVX2, SSE: 12 of 16) hide the latency of the multiply-add.
@@ -28,7 +29,8 @@ inline void gemm_block(const Gemm<T>& g, int64_t i, int64_t j, int64_t k0, int64
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(g.c + (i + r) * g.c_row + j + v * lanes);
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = g.accumulate || k0 > 0 ? load(g.c + (i + r) * g.c_row + j + v * lanes) : Vec<T>{};
   for (int64_t k = k0; k < k1; ++k) {
     Vec<T> b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(g.b + k * g.b_row + j + v * lanes);

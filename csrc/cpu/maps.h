@@ -42,12 +42,13 @@ struct Map {
       : values(batch * pixels * padded<A>(channels)), image(pixels * padded<A>(channels)), row(padded<A>(channels)) {}
 
   A* at(int64_t n, int64_t p) const { return values.data() + n * image + p * row; }
+  TensorView view(int64_t width) const { return {values.data(), image, 1, width * row, row}; }
 };
 
 template <class A>
 inline void project(const A* tile, int64_t count, int64_t channels, const A* weight, int64_t out_channels, A* result) {
   gemm(Gemm<A>{count, padded<A>(out_channels), channels, tile, padded<A>(channels), 1, weight, padded<A>(out_channels),
-               result, padded<A>(out_channels)});
+               result, padded<A>(out_channels), false});
 }
 
 }  // namespace gsto::cpu::GSTO_ISA

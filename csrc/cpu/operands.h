@@ -20,7 +20,7 @@ struct Operands {
   Buffer<A> gate_weight;    // rho: (C)
   Buffer<A> bias;           // (C'), zeros when there is none
   Buffer<A> weight;         // W: (C', C)
-  Buffer<A> weight_by_row;  // W transposed: (C, C')
+  Buffer<A> weight_by_row;  // W transposed: (C, C'), and rho as column C' where padding leaves room for it
   A gate_bias = 0;
 
   explicit Operands(const GatedParams& p)
@@ -41,6 +41,7 @@ struct Operands {
       A* to = weight_by_row.data() + k * padded<A>(p.out_channels);
       for (int64_t m = 0; m < padded<A>(p.out_channels); ++m)
         to[m] = m < p.out_channels ? weight.data()[m * padded<A>(p.channels) + k] : A(0);
+      if (p.out_channels < padded<A>(p.out_channels)) to[p.out_channels] = gate_weight.data()[k];
     }
   }
 };
@@ -79,10 +80,11 @@ class Reduction {
   int64_t slots() const { return slots_; }
 
  private:
-  // At most 64 slots (as many threads can take part) and 64 MiB of sums, but never fewer than 8 slots.
+  // At most 64 slots (as many threads can take part) and 64 MiB of sums. At least four tasks each, as a slot of a large
+  // weight costs as much as a task, but 8 slots in any case.
   static int64_t slots_for(int64_t tasks, int64_t size) {
     const int64_t fit = (int64_t{64} << 20) / (size * static_cast<int64_t>(sizeof(A)));
-    return least(tasks, most(8, least(64, fit)));
+    return least(tasks, most(8, least(64, least(tasks / 4, fit))));
   }
 
   int64_t tasks_, size_, slots_;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "types.h"
@@ -21,7 +22,17 @@ struct AxisView {
   const int64_t* start = nullptr;
   const int64_t* offset = nullptr;
   const double* weight = nullptr;
+  const float* weight_float = nullptr;  // the same, rounded
 
+  template <class A>
+  const A* weights(int64_t o) const {
+    if constexpr (std::is_same_v<A, float>) {
+      return weight_float + offset[o];
+    } else {
+      return weight + offset[o];
+    }
+  }
+  int64_t taps(int64_t o) const { return offset[o + 1] - offset[o]; }
   int64_t end(int64_t o) const { return start[o] + offset[o + 1] - offset[o]; }
 };
 
@@ -64,6 +75,7 @@ class Axis {
       }
     }
     offset_.push_back(static_cast<int64_t>(weight_.size()));
+    weight_float_.assign(weight_.begin(), weight_.end());
   }
 
   Axis transposed() const {
@@ -76,6 +88,7 @@ class Axis {
       for (int64_t o = first; o < out_ && start_[o] <= i; ++o) t.weight_.push_back(weight_[offset_[o] + i - start_[o]]);
     }
     t.offset_.push_back(static_cast<int64_t>(t.weight_.size()));
+    t.weight_float_.assign(t.weight_.begin(), t.weight_.end());
     return t;
   }
 
@@ -84,7 +97,7 @@ class Axis {
     for (int64_t o = 0; o < out_; ++o) most_taps = std::max(most_taps, offset_[o + 1] - offset_[o]);
     bool identity = in_ == out_ && static_cast<int64_t>(weight_.size()) == out_;
     for (int64_t o = 0; identity && o < out_; ++o) identity = start_[o] == o && weight_[o] == 1.0;
-    return {in_, out_, most_taps, identity, start_.data(), offset_.data(), weight_.data()};
+    return {in_, out_, most_taps, identity, start_.data(), offset_.data(), weight_.data(), weight_float_.data()};
   }
 
  private:
@@ -99,6 +112,7 @@ class Axis {
   int64_t in_, out_;
   std::vector<int64_t> start_, offset_;
   std::vector<double> weight_;
+  std::vector<float> weight_float_;
 };
 
 }  // namespace gsto::cpu

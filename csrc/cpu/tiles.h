@@ -160,6 +160,39 @@ inline void store_pixels(const TensorView& t, int64_t channels, int64_t n, int64
   }
 }
 
+// Whether runs of this map's pixels are tiles already: float or double, channels adjacent and whole vectors of them.
+template <class S>
+inline bool is_tiled(const TensorView& t, int64_t channels) {
+  return std::is_same_v<S, Accumulate<S>> && t.stride_c == 1 && t.stride_w == channels &&
+         channels == padded<Accumulate<S>>(channels);
+}
+
+// A run of pixels as a tile: in place, or loaded into the buffer.
+template <class S, class A = Accumulate<S>>
+inline const A* tile_of(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
+                        A* buffer) {
+  if constexpr (std::is_same_v<S, A>)
+    if (is_tiled<S>(t, channels)) return pixel<S>(t, n, h, w);
+  load_pixels<S>(t, channels, n, h, w, count, buffer);
+  return buffer;
+}
+
+// Where to make a run of pixels: in place, or in the buffer. finish_tile() then brings them to their place.
+template <class S, class A = Accumulate<S>>
+inline A* tile_for(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, A* buffer) {
+  if constexpr (std::is_same_v<S, A>)
+    if (is_tiled<S>(t, channels)) return mutable_pixel<S>(t, n, h, w);
+  return buffer;
+}
+
+template <class S, class A = Accumulate<S>>
+inline void finish_tile(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
+                        const A* tile) {
+  if constexpr (std::is_same_v<S, A>)
+    if (tile == pixel<S>(t, n, h, w)) return;
+  store_pixels<S>(t, channels, n, h, w, count, tile);
+}
+
 // One value per pixel (the gate and its gradient), any strides.
 template <class S, class A = Accumulate<S>>
 inline void load_scalars(const TensorView& t, int64_t n, int64_t h, int64_t w, int64_t count, A* values) {
@@ -198,18 +231,21 @@ inline void dot_pixels(const A* a, const A* b, int64_t b_row, int64_t row, int64
   }
 }
 
+// to[p] = factors[p] * from[p], which may be the same tile.
 template <class A>
-inline void scale_pixels(A* tile, const A* factors, int64_t row, int64_t count) {
+inline void scale_pixels(const A* from, const A* factors, int64_t row, int64_t count, A* to) {
   for (int64_t p = 0; p < count; ++p)
-    for (int64_t c = 0; c < row; c += kLanes<A>) store(tile + p * row + c, load(tile + p * row + c) * factors[p]);
+    for (int64_t c = 0; c < row; c += kLanes<A>) store(to + p * row + c, load(from + p * row + c) * factors[p]);
+}
+
+template <class V>
+inline V relu(V value) {
+  return value < 0 ? V{} : value;  // a NaN stays one
 }
 
 template <class A>
 inline void relu_pixels(A* tile, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes<A>) {
-    const Vec<A> value = load(tile + i);
-    store(tile + i, value < 0 ? Vec<A>{} : value);  // a NaN stays one
-  }
+  for (int64_t i = 0; i < size; i += kLanes<A>) store(tile + i, relu(load(tile + i)));
 }
 
 // The tile's column sums, added to sums.
