@@ -1,0 +1,29 @@
+"""A representative part of the ahead-of-time compilation check of tests/triton_resources.py: no spills, shared memory fits."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_kernels_compile_ahead_of_time(tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    script = Path(__file__).parents[1] / "triton_resources.py"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    for kernel in ("project_kernel", "gate_pool_kernel", "gate_backward_kernel", "pool_kernel", "resample_kernel"):
+        for architecture in ("80", "90"):
+            assert any(line.split()[:2] == [kernel, architecture] for line in done.stdout.splitlines()), kernel
