@@ -94,7 +94,7 @@ def run_operators(dtype: torch.dtype, last: bool, quick: bool) -> None:
     vector = partial(torch.empty, dtype=dtype, device="meta")
     floats = partial(torch.empty, dtype=torch.float32, device="meta")
     none = (None, None)
-    for batch, c, out, hw, size, mode, activation in TRANSFERS[:: 5 if quick else 1]:
+    for batch, c, out, hw, size, mode, activation in TRANSFERS[3::4] if quick else TRANSFERS:
         x, rho = new_map(batch, c, *hw), vector(1, c, 1, 1)
         weight, bias = (None, None) if out is None else (vector(out, c, 1, 1), vector(out))
         y, gate = gated_scale_transfer.forward(x, rho, vector(1), weight, bias, activation, size, mode, False, *none)

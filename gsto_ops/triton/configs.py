@@ -64,7 +64,7 @@ class Limits(NamedTuple):
 # at least two programs fit a multiprocessor's shared memory (164 KiB on sm_80, 228 KiB on sm_90).
 _SM_80 = {
     ("project", 2): Limits(128, 16384, 64, 128, 8, 3),
-    ("project", 4): Limits(64, 4096, 32, 64, 4, 2),
+    ("project", 4): Limits(64, 4096, 32, 64, 8, 2),
     ("weight_gradient", 2): Limits(64, 4096, 64, 64, 8, 3),
     ("weight_gradient", 4): Limits(32, 2048, 64, 64, 4, 2),
     ("resample", 2): Limits(128, 2048, 64, 1, 4, 1),
@@ -80,7 +80,7 @@ _SM_80 = {
     ("project_backward", 2): Limits(64, 8192, 256, 32, 8, 2),
     ("project_backward", 4): Limits(64, 4096, 128, 16, 8, 2),
     ("pool", 2): Limits(64, 8192, 128, 64, 8, 3),
-    ("pool", 4): Limits(64, 4096, 64, 64, 8, 3),
+    ("pool", 4): Limits(32, 2048, 64, 64, 8, 3),
     ("pyramid_logits", 2): Limits(64, 4096, 64, 64, 8, 3),
     ("pyramid_logits", 4): Limits(32, 1024, 32, 64, 8, 2),
     ("pyramid_grad_input", 2): Limits(64, 4096, 64, 64, 8, 3),
@@ -161,8 +161,10 @@ def _fitted(problem: Problem, limits: Limits, pixels: int) -> Config:
     block = out_channels if problem.kernel == "project" else channels
     pixels = max(_least_pixels(problem.kernel), min(pixels, limits.pixels, limits.elements // block))
     height, width = _shape(problem, pixels)
-    # At least 8 elements per thread: a 16-byte access, or its share of a matrix instruction.
-    warps = min(limits.num_warps, max(1, height * width * block // 256))
+    warps = limits.num_warps
+    if not problem.kernel.startswith(("pool", "pyramid")):  # whose tiles of pixels and bins keep their size
+        # At least 8 elements per thread: a 16-byte access, or its share of a matrix instruction.
+        warps = min(warps, max(1, height * width * block // 256))
     return Config(height, width, channels, out_channels, warps, limits.num_stages)
 
 

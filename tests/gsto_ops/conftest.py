@@ -17,9 +17,10 @@ def instruction_set(request):
 
 
 @pytest.fixture
-def many_threads():
-    """For tests that change the number of threads."""
+def one_thread():
+    """Small calls run faster on one thread, above all where other programs hold the cores. Tests may ask for more threads."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -11,6 +11,7 @@ import gsto_ops
 from gsto_ops.ops import gated_scale_transfer as registration
 
 _C = pytest.importorskip("gsto_ops._C", reason="the C++ extension is not there", exc_type=ImportError)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OP = torch.ops.gsto_ops.gated_scale_transfer
 BACKWARD = torch.ops.gsto_ops.gated_scale_transfer_backward
@@ -211,7 +212,7 @@ def test_layout_of_results_is_that_of_the_fake_kernel(shape: tuple[int, ...], ou
 
 @pytest.mark.parametrize("case", ["up2", "down2", "down2, gate only", "identity", "gate only"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(case: str, memory_format: torch.memory_format, many_threads):
+def test_results_do_not_depend_on_the_number_of_threads(case: str, memory_format: torch.memory_format):
     out_channels = None if "gate only" in case else 24
     size = {"up2": (96, 80), "down2": (24, 20)}.get(case.split(",")[0], (48, 40))
     operands = make_operands(2, 36, out_channels, (48, 40), torch.float32, memory_format)

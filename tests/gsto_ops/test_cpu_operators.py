@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gsto_ops import reference
 
-_C = pytest.importorskip("gsto_ops._C", reason="the C++ extension is not there", exc_type=ImportError)
+pytest.importorskip("gsto_ops._C", reason="the C++ extension is not there", exc_type=ImportError)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPS = torch.ops.gsto_ops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -232,7 +233,7 @@ def test_any_strides(view: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(layout: torch.memory_format, many_threads):
+def test_results_do_not_depend_on_the_number_of_threads(layout: torch.memory_format):
     x = torch.randn(2, 36, 48, 40).contiguous(memory_format=layout)
     for operator, tensors, others in calls(x):
         if others and others[0] in ("none", "relu") and others[1] != (48, 40):
