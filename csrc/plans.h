@@ -4,9 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <set>
 
-#include "cuda/axis.h"
+#include "pyramid.h"
 
 namespace gsto::cuda {
 
@@ -168,16 +167,11 @@ struct Pyramid {
   int step_pixels = kTilePixels;  // pixels between the first and the second reading of x
 };
 
+// The number of cells, or 0 when they are too many.
 inline int cut_axis(int length, const int* bins, int levels, int* cuts) {
-  std::set<int> found;
-  for (int k = 0; k < levels; ++k) {
-    for (int64_t b = 0; b < bins[k]; ++b) {
-      found.insert(static_cast<int>(b * length / bins[k]));
-      found.insert(static_cast<int>(((b + 1) * length + bins[k] - 1) / bins[k]));
-    }
-  }
+  const std::vector<int64_t> found = gsto::cut_axis(length, std::vector<int64_t>(bins, bins + levels));
   if (found.size() > kMaxCuts + 1) return 0;
-  std::copy(found.begin(), found.end(), cuts);
+  std::transform(found.begin(), found.end(), cuts, [](int64_t cut) { return static_cast<int>(cut); });
   return static_cast<int>(found.size()) - 1;
 }
 

@@ -7,7 +7,7 @@ namespace {
 AffineScaleTransferParams common_params(const Operator& op, const Tensor& scale, const Tensor& shift,
                                         StringHandle activation) {
   AffineScaleTransferParams p;
-  p.relu = op.relu(activation);
+  p.relu = is_relu(op.name, activation);
   p.dtype = op.dtype;
   p.batch = op.batch;
   p.channels = op.channels;
@@ -26,11 +26,11 @@ Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& shift, St
                std::optional<double> scale_w) {
   const Operator op("affine_scale_transfer", input);
   AffineScaleTransferParams p = common_params(op, scale, shift, activation);
-  const auto [out_height, out_width] = op.output_size(size);
-  const Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
-  const Tensor output = op.new_map(p.channels, out_height, out_width);
+  const Resampling r = resampling_of(op.name, input, size, mode, align_corners, scale_h, scale_w);
+  const ResamplingTables tables(op, r);
+  const Tensor output = op.new_map(p.channels, r.rows.out, r.cols.out);
   p.output = view(output);
-  chosen_kernels().affine_scale_transfer(resampling.forward(), p);
+  chosen_kernels().affine_scale_transfer(tables.forward(), p);
   return output;
 }
 
@@ -42,9 +42,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   AffineScaleTransferParams p = common_params(op, scale, shift, activation);
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", op.name, ": grad_output must be (N, C, H', W'), got ",
                   shape_of(grad_output));
-  const auto [out_height, out_width] = op.output_size({grad_output.size(2), grad_output.size(3)});
-  Resampling resampling(op, out_height, out_width, mode, align_corners, scale_h, scale_w);
-  op.check("grad_output", grad_output, {p.batch, p.channels, out_height, out_width});
+  const Resampling r =
+      resampling_of(op.name, input, {grad_output.size(2), grad_output.size(3)}, mode, align_corners, scale_h, scale_w);
+  ResamplingTables tables(op, r);
+  op.check("grad_output", grad_output, {p.batch, p.channels, r.rows.out, r.cols.out});
   p.grad_output = view(grad_output);
 
   const Tensor grad_input = op.new_map(p.channels, p.in_height, p.in_width);
@@ -52,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   p.grad_input = view(grad_input);
   p.grad_scale = grad_scale.data_ptr();
   p.grad_shift = grad_shift.data_ptr();
-  chosen_kernels().affine_scale_transfer_backward(resampling.backward(), p);
+  chosen_kernels().affine_scale_transfer_backward(tables.backward(), p);
   return {grad_input, grad_scale, grad_shift};
 }
 

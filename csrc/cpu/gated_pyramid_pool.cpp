@@ -1,6 +1,6 @@
 // torch.ops.gsto_ops.gated_pyramid_pool and its backward on the CPU. The schemas are those of gsto_ops/ops.
 #include "cpu/binding.h"
-#include "cpu/pyramid.h"
+#include "pyramid.h"
 
 namespace gsto::cpu {
 namespace {

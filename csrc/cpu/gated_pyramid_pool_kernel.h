@@ -2,7 +2,7 @@
 //
 //   g_k = sigmoid(rho_k . x + b_k),  pooled_k = adaptive average pooling of g_k x to bins_k x bins_k, for K levels
 //
-// The input is read once, row of cells by row of cells (cpu/pyramid.h). Forward sums g_k x over each cell, then the
+// The input is read once, row of cells by row of cells (pyramid.h). Forward sums g_k x over each cell, then the
 // cells of each window. Backward goes the other way: the gradient of g_k x is the same for all pixels of a cell.
 #pragma once
 

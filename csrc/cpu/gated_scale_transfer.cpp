@@ -7,7 +7,7 @@ namespace {
 GatedScaleTransferParams common_params(const Operator& op, const Tensor& gate_weight, const OptionalTensor& weight,
                                        const OptionalTensor& bias, StringHandle activation) {
   GatedScaleTransferParams p;
-  p.relu = op.relu(activation);
+  p.relu = is_relu(op.name, activation);
   STD_TORCH_CHECK(weight.has_value() || !bias.has_value(), "gsto_ops::", op.name, ": bias without weight");
   p.dtype = op.dtype;
   p.batch = op.batch;
@@ -31,8 +31,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
                                    std::optional<double> scale_h, std::optional<double> scale_w) {
   const Operator op("gated_scale_transfer", input);
   GatedScaleTransferParams p = common_params(op, gate_weight, weight, bias, activation);
-  std::tie(p.out_height, p.out_width) = op.output_size(size);
-  const Resampling resampling(op, p.out_height, p.out_width, mode, align_corners, scale_h, scale_w);
+  const Resampling r = resampling_of(op.name, input, size, mode, align_corners, scale_h, scale_w);
+  const ResamplingTables tables(op, r);
+  p.out_height = r.rows.out;
+  p.out_width = r.cols.out;
   op.check("gate_bias", gate_bias, {1});
   p.gate_bias = view(gate_bias);
 
@@ -40,7 +42,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
   const Tensor gate = op.new_tensor({p.batch, 1, p.in_height, p.in_width});
   p.output = view(output);
   p.gate = view(gate);
-  chosen_kernels().gated_scale_transfer(resampling.forward(), p);
+  chosen_kernels().gated_scale_transfer(tables.forward(), p);
   return {output, gate};
 }
 
@@ -52,8 +54,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   GatedScaleTransferParams p = common_params(op, gate_weight, weight, bias, activation);
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", op.name, ": grad_output must be (N, C', H', W'), got ",
                   shape_of(grad_output));
-  std::tie(p.out_height, p.out_width) = op.output_size({grad_output.size(2), grad_output.size(3)});
-  Resampling resampling(op, p.out_height, p.out_width, mode, align_corners, scale_h, scale_w);
+  const Resampling r =
+      resampling_of(op.name, input, {grad_output.size(2), grad_output.size(3)}, mode, align_corners, scale_h, scale_w);
+  ResamplingTables tables(op, r);
+  p.out_height = r.rows.out;
+  p.out_width = r.cols.out;
   op.check("grad_output", grad_output, {p.batch, p.out_channels, p.out_height, p.out_width});
   op.check("gate", gate, {p.batch, 1, p.in_height, p.in_width});
   op.check("grad_gate", grad_gate, {p.batch, 1, p.in_height, p.in_width});
@@ -73,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_gate_bias = grad_gate_bias.data_ptr();
   p.grad_weight = grad_weight.data_ptr();
   p.grad_bias = grad_bias.data_ptr();
-  chosen_kernels().gated_scale_transfer_backward(resampling.backward(), p);
+  chosen_kernels().gated_scale_transfer_backward(tables.backward(), p);
   return {grad_input, grad_gate_weight, grad_gate_bias, grad_weight, grad_bias};
 }
 

@@ -12,4 +12,4 @@
 #include <utility>
 
 #include "cpu/kernels.h"
-#include "cpu/pyramid.h"
+#include "pyramid.h"

@@ -75,7 +75,7 @@ struct GatedPyramidPoolParams {
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   int64_t levels = 0;                    // K
   const int64_t* bins = nullptr;         // (K,)
-  int64_t row_cells = 0, col_cells = 0;  // cpu/pyramid.h
+  int64_t row_cells = 0, col_cells = 0;  // pyramid.h
   const int64_t *row_cuts = nullptr, *col_cuts = nullptr;
 
   TensorView input;        // (N, C, H, W)

@@ -6,13 +6,6 @@ namespace gsto::cpu::GSTO_ISA {
 
 constexpr int kVectorBytes = GSTO_VECTOR_BYTES;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 template <class T>
 struct Vectors;
 template <>

@@ -9,8 +9,8 @@ Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& shift, St
                std::vector<int64_t> size, StringHandle mode, bool align_corners, std::optional<double> scale_h,
                std::optional<double> scale_w) {
   const Call call("affine_scale_transfer", input);
-  const bool relu = call.relu(activation);
-  const Resampling r = call.resampling(size.at(0), size.at(1), mode, align_corners, scale_h, scale_w);
+  const bool relu = is_relu(call.op, activation);
+  const Resampling r = call.resampling(size, mode, align_corners, scale_h, scale_w);
   call.check("scale", scale, {call.channels}, true);
   call.check("shift", shift, {call.channels}, true);
   const Tensor factors = torch::stable::contiguous(scale), offsets = torch::stable::contiguous(shift);
@@ -30,8 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const Call call("affine_scale_transfer_backward", input);
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", call.op, ": grad_output must have 4 dimensions, got ",
                   shape_of(grad_output));
-  const bool relu = call.relu(activation);
-  const Resampling r = call.resampling(grad_output.size(2), grad_output.size(3), mode, align_corners, scale_h, scale_w);
+  const bool relu = is_relu(call.op, activation);
+  const Resampling r =
+      call.resampling({grad_output.size(2), grad_output.size(3)}, mode, align_corners, scale_h, scale_w);
   call.check("grad_output", grad_output, {call.batch, call.channels, r.rows.out, r.cols.out});
   call.check("scale", scale, {call.channels}, true);
   call.check("shift", shift, {call.channels}, true);

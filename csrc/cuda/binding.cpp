@@ -38,21 +38,6 @@ Tensor fresh(Tensor tensor) {
 
 void set_tf32_policy(bool (*allowed)()) { tf32_allowed = allowed; }
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + ")";
-}
-
-// torch's conversion to std::string leaks one string per call (2.11 to 2.13), hence the handle.
-std::string text_of(StringHandle handle) {
-  const char* text = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  const std::string copy(text);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return copy;
-}
-
 Call::Call(const char* name, const Tensor& given)
     : op(name),
       input(given)
@@ -61,26 +46,12 @@ Call::Call(const char* name, const Tensor& given)
       guard_(given.get_device_index())
 #endif
 {
-  STD_TORCH_CHECK(given.dim() == 4 && given.size(1) > 0 && given.size(2) > 0 && given.size(3) > 0, "gsto_ops::", op,
-                  ": input must be (N, C, H, W) with C, H and W of at least 1, got ", shape_of(given));
+  check_map(op, given);
   STD_TORCH_CHECK(given.size(1) < (int64_t{1} << 24) && given.size(2) * given.size(3) < (int64_t{1} << 31) - 64,
                   "gsto_ops::", op,
                   ": the CUDA kernels take less than 2^24 channels and 2^31 pixels per image, got input of shape ",
                   shape_of(given));
-  switch (given.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      format.dtype = ScalarType::kFloat32;
-      break;
-    case torch::headeronly::ScalarType::BFloat16:
-      format.dtype = ScalarType::kBFloat16;
-      break;
-    case torch::headeronly::ScalarType::Half:
-      format.dtype = ScalarType::kFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, "gsto_ops::", op, ": input of shape ", shape_of(given), " has dtype ", given.scalar_type(),
-                      "; the CUDA kernels take float32, bfloat16 and float16");
-  }
+  format.dtype = scalar_type(op, given, false, "the CUDA kernel");
   format.channels_last = is_channels_last(given);
   format.tf32 = format.dtype == ScalarType::kFloat32 && tf32_allowed.load()();
   batch = given.size(0);
@@ -102,40 +73,19 @@ Call::Call(const char* name, const Tensor& given)
 void Call::check(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                  bool is_float32) const {
   if (!tensor.has_value()) return;
-  bool same = tensor->dim() == static_cast<int64_t>(shape.size());
-  std::string wanted;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    same = same && tensor->size(static_cast<int64_t>(d)) == shape[d];
-    wanted += (d ? ", " : "") + std::to_string(shape[d]);
-  }
-  STD_TORCH_CHECK(same, "gsto_ops::", op, ": ", name, " must have shape (", wanted, ") for input of shape ",
-                  shape_of(input), ", got ", shape_of(*tensor));
+  check_shape(op, name, *tensor, shape, input);
   const auto dtype = is_float32 ? torch::headeronly::ScalarType::Float : input.scalar_type();
   STD_TORCH_CHECK(tensor->scalar_type() == dtype && tensor->device() == input.device(), "gsto_ops::", op, ": ", name,
                   " must have dtype ", dtype, " and be on the input's device, got ", tensor->scalar_type());
 }
 
-bool Call::relu(StringHandle handle) const {
-  const std::string activation = text_of(handle);
-  STD_TORCH_CHECK(activation == "none" || activation == "relu", "gsto_ops::", op,
-                  ": activation must be none or relu, got ", activation);
-  return activation == "relu";
-}
-
-Resampling Call::resampling(int64_t out_height, int64_t out_width, StringHandle handle, bool align_corners,
+Resampling Call::resampling(const std::vector<int64_t>& size, StringHandle mode, bool align_corners,
                             std::optional<double> scale_h, std::optional<double> scale_w) const {
-  const std::string name = text_of(handle);
-  STD_TORCH_CHECK(name == "bilinear" || name == "avg" || name == "nearest", "gsto_ops::", op,
-                  ": mode must be bilinear, avg or nearest, got ", name);
-  STD_TORCH_CHECK(out_height > 0 && out_width > 0 && out_height * out_width < (int64_t{1} << 31) - 64, "gsto_ops::", op,
-                  ": size must be positive and less than 2^31 pixels, got (", out_height, ", ", out_width,
+  const Resampling r = resampling_of(op, input, size, mode, align_corners, scale_h, scale_w);
+  STD_TORCH_CHECK(size[0] * size[1] < (int64_t{1} << 31) - 64, "gsto_ops::", op,
+                  ": the CUDA kernels make less than 2^31 pixels per image, got size (", size[0], ", ", size[1],
                   ") for input of shape ", shape_of(input));
-  const ResampleMode mode = name == "avg"       ? ResampleMode::kAvg
-                            : name == "nearest" ? ResampleMode::kNearest
-                                                : ResampleMode::kBilinear;
-  const bool given = scale_h.has_value() && scale_w.has_value();
-  return {make_axis(height, out_height, mode, align_corners, given ? *scale_h : 0.0),
-          make_axis(width, out_width, mode, align_corners, given ? *scale_w : 0.0)};
+  return r;
 }
 
 Tensor Call::dense(const Tensor& map) const {

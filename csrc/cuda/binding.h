@@ -5,18 +5,11 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstring>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #include "cuda/kernels.h"
+#include "operator.h"
 
 #if defined(GSTO_EMULATE_CUDA)
 #define GSTO_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(gsto_emulated, CPU, m)
@@ -25,9 +18,6 @@
 #endif
 
 namespace gsto::cuda {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Of the map between two passes: see images_per_chunk(). The emulator's maps are small.
 #if defined(GSTO_EMULATE_CUDA)
@@ -39,13 +29,6 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 // Whether float32 products may use TF32 is asked of this function at every float32 call; the stable ABI does not show
 // torch's own setting. Never, until it is set.
 void set_tf32_policy(bool (*allowed)());
-
-// The resampling of a call along both axes.
-struct Resampling {
-  Axis rows, cols;
-  bool identity() const { return is_identity(rows) && is_identity(cols); }
-  bool shrinks() const { return int64_t{rows.out} * cols.out < int64_t{rows.in} * cols.in; }
-};
 
 // One call of an operator: its name, its input, and what follows from the input.
 class Call {
@@ -63,8 +46,7 @@ class Call {
   // Throws unless the tensor has the shape, and the input's dtype and device.
   void check(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
              bool is_float32 = false) const;
-  bool relu(StringHandle activation) const;
-  Resampling resampling(int64_t height, int64_t width, StringHandle mode, bool align_corners,
+  Resampling resampling(const std::vector<int64_t>& size, StringHandle mode, bool align_corners,
                         std::optional<double> scale_h, std::optional<double> scale_w) const;
 
   // A map in the input's format, dense, for the kernels to read. (The copy is the price of any other layout.)
@@ -122,9 +104,6 @@ class Call {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-std::string shape_of(const Tensor& tensor);
-std::string text_of(StringHandle handle);
 
 inline const void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 

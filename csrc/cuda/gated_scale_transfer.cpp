@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
                                    std::vector<int64_t> size, StringHandle mode, bool align_corners,
                                    std::optional<double> scale_h, std::optional<double> scale_w) {
   const Call call("gated_scale_transfer", input);
-  const bool relu = call.relu(activation);
-  const Resampling r = call.resampling(size.at(0), size.at(1), mode, align_corners, scale_h, scale_w);
+  const bool relu = is_relu(call.op, activation);
+  const Resampling r = call.resampling(size, mode, align_corners, scale_h, scale_w);
   const int64_t out_channels = weight.has_value() ? weight->size(0) : call.channels;
   STD_TORCH_CHECK(weight.has_value() || !bias.has_value(), "gsto_ops::", call.op, ": bias without weight");
   call.check("gate_weight", gate_weight, {1, call.channels, 1, 1});
@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Call call("gated_scale_transfer_backward", input);
   STD_TORCH_CHECK(grad_output.dim() == 4, "gsto_ops::", call.op, ": grad_output must have 4 dimensions, got ",
                   shape_of(grad_output));
-  const bool relu = call.relu(activation);
+  const bool relu = is_relu(call.op, activation);
   const int64_t out_height = grad_output.size(2), out_width = grad_output.size(3);
-  const Resampling r = call.resampling(out_height, out_width, mode, align_corners, scale_h, scale_w);
+  const Resampling r = call.resampling({out_height, out_width}, mode, align_corners, scale_h, scale_w);
   const int64_t out_channels = weight.has_value() ? weight->size(0) : call.channels;
   call.check("grad_output", grad_output, {call.batch, out_channels, out_height, out_width});
   call.check("grad_gate", grad_gate, {call.batch, 1, call.height, call.width});

@@ -3,9 +3,8 @@
 // code; nothing synchronises or allocates.
 #pragma once
 
-#include "cuda/axis.h"
+#include "axis.h"
 #include "cuda/platform.h"
-#include "gated_scale_transfer.h"
 #include "plans.h"
 
 namespace gsto::cuda {

@@ -43,7 +43,7 @@ inline void bind_plans(py::module_& m) {
         const Axis axis = axis_from(in, out, mode, align_corners, scale);
         py::list all;
         for (int o = 0; o < axis.out; ++o) {
-          const Taps taps = taps_of(axis, o);
+          const Taps<float> taps = taps_of(axis, o);
           all.append(py::make_tuple(taps.start, taps.count, taps.first, taps.rest));
         }
         return all;

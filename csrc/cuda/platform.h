@@ -24,13 +24,6 @@
 
 namespace gsto::cuda {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 struct alignas(16) Vec16 {
   uint32_t words[4];
 };

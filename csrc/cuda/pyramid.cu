@@ -148,10 +148,10 @@ struct Window {
       ++level;
     }
     const int64_t rows = pyramid.bins_h[level], cols = pyramid.bins_w[level], row = bin / cols, col = bin % cols;
-    h0 = static_cast<int>(row * height / rows);
-    h1 = static_cast<int>(((row + 1) * height + rows - 1) / rows);
-    w0 = static_cast<int>(col * width / cols);
-    w1 = static_cast<int>(((col + 1) * width + cols - 1) / cols);
+    h0 = static_cast<int>(window_begin(row, rows, height));
+    h1 = static_cast<int>(window_end(row, rows, height));
+    w0 = static_cast<int>(window_begin(col, cols, width));
+    w1 = static_cast<int>(window_end(col, cols, width));
   }
   GSTO_DEVICE float pixels() const { return static_cast<float>((h1 - h0) * (w1 - w0)); }
 };

@@ -323,7 +323,7 @@ struct TapTable {
       return;
     }
     if (!transposed) {
-      const Taps t = taps_of(axis, at);
+      const Taps<float> t = taps_of(axis, at);
       start[i] = t.start;
       count[i] = t.count;
       for (int j = 0; j < t.count; ++j) weights[i * taps + j] = j == 0 ? t.first : t.rest;

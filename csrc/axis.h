@@ -1,19 +1,17 @@
-// Separable resampling as arithmetic on one axis, for host and device. Every output reads a contiguous run of inputs
-// (its taps), and the runs move monotonely with the output, so the outputs that read one input are a contiguous run
-// too: that run is the gather form of the transpose.
+// Separable resampling as arithmetic on one axis, for host and device: the one place where the modes' formulas are
+// written. Every output reads a contiguous run of inputs (its taps), and the runs move monotonely with the output, so
+// the outputs that read one input are a contiguous run too: that run is the gather form of the transpose.
 #pragma once
 
-#include <cstdint>
+#include "types.h"
 
-#include "gated_scale_transfer.h"
+namespace gsto {
 
-#if defined(__CUDACC__)
-#define GSTO_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define GSTO_HOST_DEVICE inline
-#endif
-
-namespace gsto::cuda {
+// Window b of `bins` along an axis of this length: adaptive average pooling's rule.
+GSTO_HOST_DEVICE int64_t window_begin(int64_t b, int64_t bins, int64_t length) { return b * length / bins; }
+GSTO_HOST_DEVICE int64_t window_end(int64_t b, int64_t bins, int64_t length) {
+  return ((b + 1) * length + bins - 1) / bins;
+}
 
 struct Axis {
   int in = 1, out = 1;
@@ -43,33 +41,35 @@ inline bool is_identity(const Axis& axis) {
   return axis.in == axis.out && (axis.mode != ResampleMode::kNearest || axis.float_step == 1.f);
 }
 
+// A is the type of the weights: float, or double where the maps are.
+template <class A>
 struct Taps {
   int start, count;
-  float first, rest;  // weight of the first tap, and of each other one
+  A first, rest;  // weight of the first tap, and of each other one
 
   GSTO_HOST_DEVICE int end() const { return start + count; }
-  GSTO_HOST_DEVICE float weight(int input) const { return input == start ? first : rest; }
+  GSTO_HOST_DEVICE A weight(int input) const { return input == start ? first : rest; }
 };
 
-GSTO_HOST_DEVICE Taps taps_of(const Axis& axis, int output) {
+template <class A = float>
+GSTO_HOST_DEVICE Taps<A> taps_of(const Axis& axis, int output) {
   if (axis.mode == ResampleMode::kAvg) {
-    const int64_t in = axis.in, out = axis.out, o = output;
-    const int start = static_cast<int>(o * in / out);
-    const int count = static_cast<int>(((o + 1) * in + out - 1) / out) - start;
-    const float weight = 1.f / static_cast<float>(count);
+    const int start = static_cast<int>(window_begin(output, axis.out, axis.in));
+    const int count = static_cast<int>(window_end(output, axis.out, axis.in)) - start;
+    const A weight = A(1) / static_cast<A>(count);
     return {start, count, weight, weight};
   }
   if (axis.mode == ResampleMode::kNearest) {
     const int64_t input = static_cast<int64_t>(static_cast<float>(output) * axis.float_step);  // truncation: it is >= 0
-    return {static_cast<int>(input < axis.in - 1 ? input : axis.in - 1), 1, 1.f, 1.f};
+    return {static_cast<int>(input < axis.in - 1 ? input : axis.in - 1), 1, A(1), A(1)};
   }
-  if (axis.in == axis.out) return {output, 1, 1.f, 1.f};
+  if (axis.in == axis.out) return {output, 1, A(1), A(1)};
   double position = axis.align_corners ? axis.step * output : axis.step * (output + 0.5) - 0.5;
   if (position < 0) position = 0;
   const int start = position < axis.in - 1 ? static_cast<int>(position) : axis.in - 1;
-  if (start == axis.in - 1) return {start, 1, 1.f, 1.f};
-  const float lambda = static_cast<float>(position - start);
-  return {start, 2, 1.f - lambda, lambda};
+  if (start == axis.in - 1) return {start, 1, A(1), A(1)};
+  const A lambda = static_cast<A>(position - start);
+  return {start, 2, A(1) - lambda, lambda};
 }
 
 // The outputs [begin, end) that read `input`: two binary searches over the monotone runs.
@@ -102,7 +102,7 @@ struct Region {
 
   GSTO_HOST_DEVICE Region(const Axis& axis, int first, int count) {
     const int last = first + count < axis.out ? first + count : axis.out;
-    const Taps head = taps_of(axis, first), tail = taps_of(axis, last - 1);
+    const Taps<float> head = taps_of(axis, first), tail = taps_of(axis, last - 1);
     owned_begin = first == 0 ? 0 : head.start;
     owned_end = last == axis.out ? axis.in : taps_of(axis, last).start;
     begin = owned_begin < head.start ? owned_begin : head.start;
@@ -140,4 +140,4 @@ inline int longest_run(const Axis& axis, bool transposed) {
   return longest;
 }
 
-}  // namespace gsto::cuda
+}  // namespace gsto

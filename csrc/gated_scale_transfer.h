@@ -1,4 +1,0 @@
-// The enumerations that device code includes under this name.
-#pragma once
-
-#include "types.h"
