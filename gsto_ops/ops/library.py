@@ -52,19 +52,10 @@ def register(
 
     ``backward`` is called with the packet of ``name_backward`` in the namespace of the forward call, the context, and the grads.
     """
+    define(name, name, "forward", schema, kernel, fake)
+    define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
-        for operator, direction, signature, implementation, meta in (
-            (name, "forward", schema, kernel, fake),
-            (f"{name}_backward", "backward", backward_schema, backward_kernel, backward_fake),
-        ):
-            library.define(operator + signature)
-            if namespace == "gsto_ops":
-                library.impl(operator, implementation, "CompositeExplicitAutograd")
-            else:
-                for key in ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",):
-                    library.impl(operator, partial(_triton_kernel, name, direction), key)
-            torch.library.register_fake(f"{namespace}::{operator}", meta, lib=library)
         torch.library.register_autograd(
             f"{namespace}::{name}",
             partial(backward, getattr(packet, f"{name}_backward")),
@@ -74,6 +65,18 @@ def register(
         if autocast:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
                 library.impl(name, _autocast_kernel(getattr(packet, name), device_type, key), key)
+
+
+def define(operator: str, file: str, function: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    """Defines ``operator`` in both namespaces; Triton's kernel of it is ``function`` in ``gsto_ops/triton/{file}.py``."""
+    for namespace, library in libraries.items():
+        library.define(operator + schema)
+        if namespace == "gsto_ops":
+            library.impl(operator, kernel, "CompositeExplicitAutograd")
+        else:
+            for key in ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",):
+                library.impl(operator, partial(_triton_kernel, file, function), key)
+        torch.library.register_fake(f"{namespace}::{operator}", fake, lib=library)
 
 
 def _triton_kernel(name: str, direction: str, *args: Any) -> Any:
