@@ -249,3 +249,155 @@ def gated_pyramid_pool_backward(
         grads_weight.append(grad_weight)
         grads_bias.append(grad_bias)
     return grad_input, torch.cat(grads_weight), torch.cat(grads_bias)
+
+
+def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of every channel over N, H, W."""
+    var, mean = torch.var_mean(input.to(statistics_dtype(input)), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def gated_split(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    split: Sequence[int],
+    activation: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    """All that leaves one branch of a gated fusion (Eq. 4, Section 3.2.1): K gates, the first ones for projections.
+
+    Returns (projected, gated, gate, mean, var): z_k = W_k(gate_k ⊙ F) for the row groups ``split`` of W; gate_k ⊙ F for the
+    other gates; (N, K, H, W); the statistics of all channels of the z_k.
+    """
+    gate = _activate(F.conv2d(input, gate_weight, gate_bias), activation).sigmoid()
+    gates = gate.split(1, 1)
+    gated = [g * input for g in gates[len(split) :]]
+    if weight is None:
+        empty = input.new_empty(0, dtype=statistics_dtype(input))
+        return [], gated, gate, empty, empty.clone()
+    rows = F.conv2d(input, weight).split(list(split), 1)
+    projected = [g * z for g, z in zip(gates, rows, strict=False)]
+    mean, var = (torch.cat(values) for values in zip(*map(channel_statistics, projected), strict=True))
+    return projected, gated, gate, mean, var
+
+
+def gated_split_backward(
+    grad_projected: Sequence[Tensor],
+    grad_gated: Sequence[Tensor],
+    grad_gate: Tensor | None,
+    input: Tensor,
+    gate: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gated_split` for input, gate_weight, gate_bias and weight (of an absent one: no elements)."""
+    gates = gate.split(1, 1)
+    grads_weight = []
+    grads = list(grad_gated)  # of gate_k ⊙ F
+    if weight is not None:
+        blocks = weight.split([grad.shape[1] for grad in grad_projected])
+        pairs = [_projection_backward(g, k * input, w) for g, k, w in zip(grad_projected, gates, blocks, strict=False)]
+        grads = [grad for grad, _ in pairs] + grads
+        grads_weight = [grad for _, grad in pairs]
+    grad_of_gate = torch.cat([(grad * input).sum(1, keepdim=True) for grad in grads], 1)
+    if grad_gate is not None:
+        grad_of_gate = grad_of_gate + grad_gate
+    grad_logit = grad_of_gate * gate * (1 - gate)
+    if activation == "relu":
+        grad_logit = grad_logit * (gate > 0.5)  # σ(ReLU(logit)) is 0.5 where the ReLU is closed
+    grad_input = torch.einsum("nkhw,kc->nchw", grad_logit, gate_weight[:, :, 0, 0])
+    for g, grad in zip(gates, grads, strict=True):
+        grad_input = grad_input + g * grad
+    grad_gate_weight = torch.einsum("nkhw,nchw->kc", grad_logit, input)[:, :, None, None]
+    grad_weight = torch.cat(grads_weight) if grads_weight else input.new_empty(0)
+    return grad_input, grad_gate_weight, grad_logit.sum((0, 2, 3)), grad_weight
+
+
+def batch_norm_sum(
+    input: Tensor | None,
+    gate: Tensor | None,
+    terms: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    eps: Sequence[float],
+    activation: str,
+    mode: str,
+    align_corners: bool = False,
+) -> Tensor:
+    """act(gate ⊙ input + Σ_k ST(norm_k(term_k))): the end of HRNet's fusion and of a residual block.
+
+    Without statistics (empty lists) the terms are taken as they are.
+    """
+    first = terms[0] if input is None else input
+    parts = [] if input is None else [input if gate is None else gate * input]
+    for k, term in enumerate(terms):
+        if mean:
+            scale = weight[k] * (var[k] + eps[k]).rsqrt()
+            shift = bias[k] - mean[k] * scale
+            term = (scale[:, None, None] * term + shift[:, None, None]).to(term.dtype)
+        parts.append(scale_transfer(term, (first.shape[2], first.shape[3]), mode, align_corners))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return _activate(total, activation)
+
+
+def batch_norm_sum_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    terms: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    mode: str,
+    align_corners: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The first pass of the gradient of :func:`batch_norm_sum`; ``output`` is None where there was no ReLU.
+
+    Returns (grad_sum, gathered, sums): the gradient of the sum under the ReLU (no elements without one: it is
+    ``grad_output``); its transposed resampling for every term of another size than the output; (1 + K', C) with K' statistics,
+    Σ grad_sum and Σ grad_k · (term_k - mean_k) over N, H, W.
+    """
+    grad = grad_output if output is None else grad_output * (output > 0)
+    gathered, sums = [], [grad.to(statistics_dtype(grad)).sum((0, 2, 3))]
+    for k, term in enumerate(terms):
+        grad_k = grad
+        if term.shape[2:] != grad.shape[2:]:
+            grad_k = scale_transfer_backward(grad, term.shape, mode, align_corners)
+            gathered.append(grad_k)
+        if mean:
+            sums.append((grad_k * (term - mean[k][:, None, None])).sum((0, 2, 3)))
+    return grad.new_empty(0) if output is None else grad, gathered, torch.stack(sums)
+
+
+def batch_norm_sum_backward_terms(
+    grad_sum: Tensor,
+    gathered: Sequence[Tensor],
+    terms: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    eps: Sequence[float],
+    sums: Tensor | None,
+    counts: Tensor | None,
+) -> list[Tensor]:
+    """The second pass: gradients of :func:`batch_norm_sum` for its terms, those of the batch statistics included.
+
+    ``sums`` is None where the statistics are constants (eval mode). Where they are over several processes, ``sums`` is too, and
+    ``counts`` (K,) has the number of pixels of each term in all of them; None: the term's own.
+    """
+    grads, low = [], iter(gathered)
+    for k, term in enumerate(terms):
+        grad = grad_sum if term.shape[2:] == grad_sum.shape[2:] else next(low)
+        invstd = (var[k] + eps[k]).rsqrt()
+        scale = weight[k] * invstd
+        if sums is None:
+            grads.append((scale[:, None, None] * grad).to(term.dtype))
+            continue
+        count = term.shape[0] * term.shape[2] * term.shape[3] if counts is None else counts[k]
+        slope = sums[1 + k] * invstd * invstd / count
+        centred = grad - (sums[0] / count)[:, None, None] - slope[:, None, None] * (term - mean[k][:, None, None])
+        grads.append((scale[:, None, None] * centred).to(term.dtype))
+    return grads

@@ -1,0 +1,133 @@
+"""``gsto_ops::gated_split``: all that leaves one branch of a gated fusion, from one read (Eq. 1, 2, 4; Section 3.2.1).
+
+K gates of the branch; the gated projections to finer branches, with their batch statistics; the gated copies that the strided
+convolutions to coarser branches read. No gradient flows through the statistics: ``batch_norm_sum`` accounts for it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .library import differentiable_backward, empty_like_layout, layout_of, register
+
+SCHEMA = (
+    "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, str activation) -> "
+    "(Tensor[] projected, Tensor[] gated, Tensor gate, Tensor mean, Tensor var)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor[] grad_projected, Tensor[] grad_gated, Tensor? grad_gate, Tensor input, Tensor gate, Tensor gate_weight, "
+    "Tensor? weight, str activation) -> "
+    "(Tensor grad_input, Tensor grad_gate_weight, Tensor grad_gate_bias, Tensor grad_weight)"
+)
+Outputs = tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]
+
+
+def _kernel(input: Tensor, *operands: Any) -> Outputs:
+    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
+    layout = layout_of(input)
+    projected, gated = ([x.contiguous(memory_format=layout) for x in maps] for maps in (projected, gated))
+    return projected, gated, gate.contiguous(), mean, var
+
+
+def _backward_kernel(*operands: Any) -> tuple[Tensor, ...]:
+    grad_input, *grads = reference.gated_split_backward(*operands)
+    return grad_input.contiguous(memory_format=layout_of(operands[3])), *(grad.contiguous() for grad in grads)
+
+
+def _fake(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    split: Sequence[int],
+    activation: str,
+) -> Outputs:
+    batch, _, height, width = input.shape
+    gates, rows = gate_weight.shape[0], sum(split)
+    projected = [empty_like_layout(input, (batch, channels, height, width)) for channels in split]
+    gated = [empty_like_layout(input, input.shape) for _ in range(gates - len(split))]
+    mean, var = (input.new_empty(rows, dtype=reference.statistics_dtype(input)) for _ in range(2))
+    return projected, gated, input.new_empty((batch, gates, height, width)), mean, var
+
+
+def _backward_fake(
+    grad_projected: Sequence[Tensor],
+    grad_gated: Sequence[Tensor],
+    grad_gate: Tensor | None,
+    input: Tensor,
+    gate: Tensor,
+    gate_weight: Tensor,
+    weight: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, ...]:
+    return (
+        empty_like_layout(input, input.shape),
+        input.new_empty(gate_weight.shape),
+        input.new_empty(gate_weight.shape[0]),
+        input.new_empty(0 if weight is None else weight.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    input, gate_weight, gate_bias, weight, ctx.split, ctx.activation = inputs
+    # Neither projections nor gated copies: the gradient needs only the input and the gates.
+    ctx.save_for_backward(input, output[2], gate_weight, gate_bias, weight)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    operator: Callable,
+    ctx: Any,
+    grad_projected: Sequence[Tensor | None],
+    grad_gated: Sequence[Tensor | None],
+    grad_gate: Tensor | None,
+    *grads_of_statistics: None,
+) -> tuple[Any, ...]:
+    input, gate, gate_weight, gate_bias, weight = ctx.saved_tensors
+    grads = (*grad_projected, *grad_gated, grad_gate)
+    no_grads: tuple[Any, ...] = (None if ctx.split else [], None)  # autograd takes an empty list for one of tensors
+    if all(grad is None for grad in grads):
+        return (None,) * 4 + no_grads
+    if torch.is_grad_enabled():
+
+        def function(*operands: Any) -> tuple[Tensor, ...]:
+            outputs = reference.gated_split(*operands, split=ctx.split, activation=ctx.activation)
+            projected, gated, gates, _, _ = outputs
+            return *projected, *gated, gates
+
+        operands = (input, gate_weight, gate_bias, weight)
+        return *differentiable_backward(function, operands, ctx.needs_input_grad, grads), *no_grads
+    zero = input.new_zeros(())
+    batch, channels, height, width = input.shape
+    found = operator(
+        [
+            zero.expand(batch, rows, height, width) if grad is None else grad
+            for grad, rows in zip(grad_projected, ctx.split, strict=True)
+        ],
+        [zero.expand(batch, channels, height, width) if grad is None else grad for grad in grad_gated],
+        grad_gate,
+        input,
+        gate,
+        gate_weight,
+        weight,
+        ctx.activation,
+    )
+    present = (True, True, gate_bias is not None, weight is not None)
+    return *(grad if there else None for grad, there in zip(found, present, strict=True)), *no_grads
+
+
+register(
+    "gated_split",
+    SCHEMA,
+    _kernel,
+    _fake,
+    BACKWARD_SCHEMA,
+    _backward_kernel,
+    _backward_fake,
+    _setup_context,
+    _backward,
+)

@@ -1,0 +1,151 @@
+"""gated_split, batch_norm_sum and channel_statistics as the dispatcher sees them: opcheck, gradients, double backward."""
+
+import pytest
+import torch
+
+import gsto_ops  # noqa: F401  (defines the operators)
+
+OPS = torch.ops.gsto_ops
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+FORWARD = ("test_schema", "test_faketensor")
+
+
+def make(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def statistics(terms):
+    pairs = [OPS.channel_statistics(term.detach()) for term in terms]
+    return [mean for mean, _ in pairs], [var for _, var in pairs]
+
+
+def norm_arguments(terms, norms, training):
+    """mean, var, weight, bias, eps, training, counts, group of ``batch_norm_sum``."""
+    if norms is None:
+        return [], [], [], [], [], False, None, None
+    half = len(norms) // 2
+    if training:
+        mean, var = statistics(terms)
+    else:
+        mean, var = ([torch.full_like(g.detach(), value) for g in norms[:half]] for value in (0.1, 2.0))
+    return mean, var, list(norms[:half]), list(norms[half:]), [1e-5, 1e-3][:half], training, None, None
+
+
+SPLITS = {"both": [2, 3], "copies": [], "projections": [1, 1, 2, 3]}
+
+
+def split_operands(case, dtype=torch.float64, memory_format=NCHW, gate_bias=True):
+    input = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    split = SPLITS[case]
+    weight = make(sum(split), 3, 1, 1, dtype=dtype) if split else None
+    return (input, make(4, 3, 1, 1, dtype=dtype), make(4, dtype=dtype) if gate_bias else None, weight), split
+
+
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("case", SPLITS)
+def test_gated_split_opcheck(case, activation, memory_format):
+    operands, split = split_operands(case, torch.float32, memory_format, gate_bias=activation == "relu")
+    torch.library.opcheck(OPS.gated_split.default, (*operands, split, activation))
+    input, gate_weight, _, weight = (o if o is None else o.detach() for o in operands)
+    projected, gated, gate, _, _ = OPS.gated_split(input, gate_weight, None, weight, split, activation)
+    grads = [torch.randn_like(x) for x in projected], [torch.randn_like(x) for x in gated], torch.randn_like(gate)
+    arguments = (*grads, input, gate, gate_weight, weight, activation)
+    torch.library.opcheck(OPS.gated_split_backward.default, arguments, test_utils=FORWARD)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("case", SPLITS)
+def test_gated_split_gradients(case, activation):
+    operands, split = split_operands(case)
+
+    def function(*tensors):
+        projected, gated, gate, _, _ = OPS.gated_split(*tensors, split, activation)
+        return *projected, *gated, gate
+
+    torch.autograd.gradcheck(function, operands)
+    torch.autograd.gradgradcheck(function, operands)
+
+
+def test_gated_split_with_unused_outputs():
+    """Outputs that nobody uses have no gradient: the others' are the same as with zeros for them."""
+    operands, split = split_operands("both")
+    projected, gated, _, _, _ = OPS.gated_split(*operands, split, "none")
+    grads = torch.autograd.grad(projected[1].sum() + gated[0].sum(), operands)
+    projected, gated, gate, _, _ = OPS.gated_split(*operands, split, "none")
+    total = projected[1].sum() + gated[0].sum() + 0 * (projected[0].sum() + gated[1].sum() + gate.sum())
+    for given, wanted in zip(grads, torch.autograd.grad(total, operands), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_statistics_carry_no_gradient():
+    operands, split = split_operands("both")
+    *_, mean, var = OPS.gated_split(*operands, split, "none")
+    assert not mean.requires_grad and not var.requires_grad
+
+
+SUMS = [
+    (with_input, gated, normed, training, activation)
+    for with_input, gated in ((False, False), (True, False), (True, True))
+    for normed, training in ((False, False), (True, False), (True, True))
+    for activation in ("none", "relu")
+]
+
+
+def sum_operands(dtype=torch.float64, memory_format=NCHW):
+    """input, gate, a term of its size, a smaller one, two weights and two biases of norms."""
+    maps = [torch.randn(2, 3, *size, dtype=dtype).to(memory_format=memory_format) for size in ((4, 5), (4, 5), (2, 3))]
+    input, same, small = (x.requires_grad_() for x in maps)
+    gate = torch.rand(2, 1, 4, 5, dtype=dtype).requires_grad_()
+    return (input, gate, same, small, *(make(3, dtype=dtype) for _ in range(4)))
+
+
+@pytest.mark.parametrize("mode, align_corners", [("bilinear", False), ("bilinear", True), ("nearest", False)])
+@pytest.mark.parametrize("with_input, gated, normed, training, activation", SUMS)
+def test_batch_norm_sum_gradients(with_input, gated, normed, training, activation, mode, align_corners):
+    def function(input, gate, same, small, *norms):
+        terms = [same, small]
+        arguments = norm_arguments(terms, norms if normed else None, training)
+        operands = (input if with_input else None, gate if gated else None, terms)
+        return OPS.batch_norm_sum(*operands, *arguments, activation, mode, align_corners)
+
+    torch.autograd.gradcheck(function, sum_operands())
+    if mode == "bilinear" and not align_corners:
+        torch.autograd.gradgradcheck(function, sum_operands())
+
+
+# Slow, so not every combination: the training form everywhere, the others once.
+OPCHECKED = [case for case in SUMS if case[2:] == (True, True, "relu")] + SUMS[:1] + SUMS[8:9]
+
+
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+@pytest.mark.parametrize("with_input, gated, normed, training, activation", OPCHECKED)
+def test_batch_norm_sum_opcheck(with_input, gated, normed, training, activation, memory_format):
+    input, gate, same, small, *norms = sum_operands(torch.float32, memory_format)
+    terms = [same, small]
+    arguments = norm_arguments(terms, norms if normed else None, training)
+    operands = (input if with_input else None, gate if gated else None, terms)
+    torch.library.opcheck(OPS.batch_norm_sum.default, (*operands, *arguments, activation, "bilinear", False))
+    terms = [term.detach() for term in terms]
+    mean, var, weight, _, eps, *_ = (
+        [x.detach() if isinstance(x, torch.Tensor) else x for x in a] for a in arguments[:5]
+    )
+    output = torch.randn_like(input) if activation == "relu" else None
+    backward = (torch.randn_like(input), output, terms, mean, "bilinear", False)
+    torch.library.opcheck(OPS.batch_norm_sum_backward.default, backward, test_utils=FORWARD)
+    if normed:
+        grad_sum, gathered, sums = OPS.batch_norm_sum_backward(*backward)
+        grad_sum = backward[0] if output is None else grad_sum
+        for counts in (None, torch.tensor([40.0, 12.0])):
+            rest = (terms, mean, var, weight, eps, sums if training else None, counts)
+            arguments = (grad_sum, gathered, *rest)
+            torch.library.opcheck(OPS.batch_norm_sum_backward_terms.default, arguments, test_utils=FORWARD)
+
+
+def test_channel_statistics():
+    x = torch.randn(3, 4, 5, 6)
+    torch.library.opcheck(OPS.channel_statistics.default, (x,))
+    mean, var = OPS.channel_statistics(x.double())
+    wanted = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, wanted.mean(1))
+    torch.testing.assert_close(var, wanted.var(1, correction=0))
