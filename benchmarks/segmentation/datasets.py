@@ -1,38 +1,55 @@
-"""Datasets of (image, label, name), and the checks that run before training starts."""
+"""Datasets of (image, label, name)."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..sampling import Draw
 from .scenes import make_scene
-from .transforms import IGNORE
+from .transforms import IGNORE, EvalTransform, TrainTransform
 
 cv2.setNumThreads(0)  # parallelism is between samples; OpenCV's own threads would fight with it
 
-Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Tensor, Tensor]]
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+INVALID = 254  # in a label table: a value that no label file may have
 
 
 class DataError(ValueError):
     """The data cannot be trained on as asked; the message names the file or folder, or the number, that is wrong."""
 
 
-class SegmentationDataset(Dataset, ABC):
-    """Items are (image (3, H, W) float32, label (H, W) int64 with 255 = ignored, name)."""
+class Pair(NamedTuple):
+    """An image file, its label file (None where there is none) and the name that the sample goes by."""
 
-    def __init__(self, transform: Transform) -> None:
-        self.transform = transform
+    image: Path
+    label: Path | None
+    name: str
+
+
+class SegmentationDataset(Dataset, ABC):
+    """Items are (image (3, H, W) float32, label (H, W) int64 with 255 = ignored, name).
+
+    `dataset[index]` is the sample as evaluation sees it. `dataset[Draw(index, seed)]` is augmented, by `seed` alone: who asks,
+    and in what order, makes no difference.
+
+    Args:
+        augment: what makes tensors of a drawn sample.
+        plain: what makes tensors of a sample that is not augmented.
+    """
+
+    def __init__(self, augment: TrainTransform | None = None, plain: EvalTransform | None = None) -> None:
+        self.augment, self.plain = augment or TrainTransform(crop_size=None), plain or EvalTransform()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -41,18 +58,19 @@ class SegmentationDataset(Dataset, ABC):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """The sample as it is stored: image (H, W, 3) uint8 RGB, label (H, W) uint8, name."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        image, label, name = self.read(index)
-        # torch's generator is the one that every data-loading worker gets its own reproducible seed for
-        rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
-        return (*self.transform(image, label, rng), name)
+    def __getitem__(self, item: int | Draw) -> tuple[Tensor, Tensor, str]:
+        if isinstance(item, Draw):
+            image, label, name = self.read(item.index)
+            return (*self.augment(image, label, np.random.default_rng(item.seed)), name)
+        image, label, name = self.read(item)
+        return (*self.plain(image, label), name)
 
 
 class ScenesDataset(SegmentationDataset):
     """Embedded street scenes `first` ... `first + count - 1` of the series `seed`, painted once and kept in memory."""
 
-    def __init__(self, first: int, count: int, seed: int, size: tuple[int, int], transform: Transform) -> None:
-        super().__init__(transform)
+    def __init__(self, first: int, count: int, seed: int, size: tuple[int, int]) -> None:
+        super().__init__()
         self.first = first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             painted = pool.map(lambda i: make_scene(i, seed=seed, size=size), range(first, first + count))
@@ -65,77 +83,121 @@ class ScenesDataset(SegmentationDataset):
         return (*self.scenes[index], f"scene {self.first + index}")
 
 
-class FolderDataset(SegmentationDataset):
-    """Images of one folder and, of the same names, label PNGs of another.
+class PairDataset(SegmentationDataset):
+    """Image files and label files.
 
     Args:
-        images: folder of images.
-        labels: folder of one-channel label images of the same sizes.
-        num_classes: label values 0 .. num_classes - 1 are classes.
-        void: this label value is ignored, and so is 255.
-        transform: what makes tensors of image and label.
+        pairs: the files. The label of a sample without label file is 255 everywhere.
+        table: (256,) uint8: the value in a label file -> class, 255 (ignored) or `INVALID`.
+        augment, plain: see `SegmentationDataset`.
 
     Raises:
-        DataError: a missing or empty folder, an image without label, a label without image.
+        DataError: when a sample is read, for a file that is missing or cannot be decoded, an image and a label of different
+            sizes, or a label value that is `INVALID`; it names the file.
     """
 
-    def __init__(self, images: Path, labels: Path, num_classes: int, void: int, transform: Transform) -> None:
-        super().__init__(transform)
-        self.pairs = _pairs(images, labels)
-        self.num_classes, self.void = num_classes, void
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        table: np.ndarray,
+        augment: TrainTransform | None = None,
+        plain: EvalTransform | None = None,
+    ) -> None:
+        super().__init__(augment, plain)
+        self.pairs, self.table = list(pairs), table
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        image_file, label_file = self.pairs[index]
-        image = _decode(image_file, cv2.IMREAD_COLOR)[..., ::-1]
-        label = _decode(label_file, cv2.IMREAD_UNCHANGED)
-        if label.ndim != 2 or label.dtype != np.uint8:
-            raise DataError(f"{label_file}: a label must have one 8-bit channel, got {label.shape} {label.dtype}")
-        if label.shape != image.shape[:2]:
-            sizes = " and ".join(f"{h}x{w}" for h, w in (image.shape[:2], label.shape))
-            raise DataError(f"{image_file} and {label_file} must have one size, got {sizes} (height x width)")
-        allowed = (label < self.num_classes) | (label == self.void) | (label == IGNORE)
-        if not allowed.all():
-            raise DataError(
-                f"{label_file}: label value {int(label[~allowed][0])} is out of range; allowed are "
-                f"0 to {self.num_classes - 1}, {self.void} (void) and {IGNORE} (ignored)"
-            )
-        label = np.where(label < self.num_classes, label, np.uint8(IGNORE))
-        return np.ascontiguousarray(image), label, image_file.name
-
-    def check(self) -> None:
-        """Read every file once; the first bad one raises a DataError that names it."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(self._check_one, range(len(self))):
-                pass
-
-    def _check_one(self, index: int) -> None:
-        self.read(index)
+        pair = self.pairs[index]
+        image = decode_image(pair.image)
+        if pair.label is None:
+            return image, np.full(image.shape[:2], IGNORE, np.uint8), pair.name
+        stored = decode_label(pair.label)
+        if stored.shape != image.shape[:2]:
+            sizes = " and ".join(f"{h}x{w}" for h, w in (image.shape[:2], stored.shape))
+            raise DataError(f"{pair.image} and {pair.label} must have one size, got {sizes} (height x width)")
+        label = cv2.LUT(stored, self.table)
+        wrong = label == INVALID
+        if wrong.any():
+            allowed = describe_values(np.flatnonzero(self.table != INVALID))
+            value = int(stored[wrong][0])
+            raise DataError(f"{pair.label}: label value {value} is out of range; allowed are {allowed}")
+        return image, label, pair.name
 
 
-def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    image_files, label_files = _files(images), _files(labels)
+def label_table(classes: Sequence[int], ignored: Sequence[int]) -> np.ndarray:
+    """A table for `PairDataset`: value `classes[k]` becomes class k, the `ignored` values and 255 become 255."""
+    table = np.full(256, INVALID, np.uint8)
+    table[[*ignored, IGNORE]] = IGNORE
+    table[list(classes)] = np.arange(len(classes))
+    return table
+
+
+def describe_values(values: Sequence[int]) -> str:
+    """Sorted integers as runs: [0, 1, 2, 5] -> "0 to 2, 5"."""
+    runs = np.split(np.asarray(values), np.flatnonzero(np.diff(values) != 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def pair_by_name(images: Path, labels: Path) -> list[Pair]:
+    """Pairs of the files of two folders that have one name but for the suffix, in the order of the names.
+
+    Raises:
+        DataError: a missing or empty folder, an image without label, a label without image.
+    """
+    image_files, label_files = files_by_stem(images), files_by_stem(labels)
     for stem in sorted(image_files.keys() ^ label_files.keys()):
         if stem in image_files:
             raise DataError(f"{image_files[stem]} has no label: {labels / stem}.png is missing")
         raise DataError(f"{label_files[stem]} has no image of the same name in {images}")
-    return [(image_files[stem], label_files[stem]) for stem in sorted(image_files)]
+    return [Pair(image_files[stem], label_files[stem], image_files[stem].name) for stem in sorted(image_files)]
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_by_stem(folder: Path) -> dict[str, Path]:
+    """The image files of a folder: name without suffix -> file.
+
+    Raises:
+        DataError: the folder is missing or has no images.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in _IMAGE_SUFFIXES}
+    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
     if not files:
-        raise DataError(f"{folder}: no images in this folder (looked for {', '.join(_IMAGE_SUFFIXES)})")
+        raise DataError(f"{folder}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
     return files
 
 
+def decode_image(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an image file of any kind: grey and CMYK images are converted, transparency is dropped.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    return cv2.cvtColor(_decode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def decode_label(file: Path, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
+    """The (H, W) values of a one-channel image file.
+
+    Raises:
+        DataError: the file is missing or broken, has several channels or another dtype.
+    """
+    label = _decode(file, cv2.IMREAD_UNCHANGED)
+    if label.ndim != 2 or label.dtype != dtype:
+        bits = 8 * np.dtype(dtype).itemsize
+        raise DataError(f"{file}: a label must have one {bits}-bit channel, got {label.shape} {label.dtype}")
+    return label
+
+
 def _decode(file: Path, flags: int) -> np.ndarray:
-    # imdecode instead of imread: it reads names with any characters, and a missing file is Python's own error
-    pixels = cv2.imdecode(np.fromfile(file, np.uint8), flags) if file.stat().st_size else None
+    # imdecode instead of imread: it reads names with any characters, and a missing file is told from a broken one
+    try:
+        content = np.fromfile(file, np.uint8)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    pixels = cv2.imdecode(content, flags) if content.size else None
     if pixels is None:
         raise DataError(f"{file}: not an image that can be read")
     return pixels

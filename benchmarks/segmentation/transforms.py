@@ -5,32 +5,56 @@ Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 for ignored pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = 255
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet, RGB in [0, 1]
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_MEAN = np.array([0.485, 0.456, 0.406])  # ImageNet, RGB in [0, 1]
+_STD = np.array([0.229, 0.224, 0.225])
+_SCALE = (1 / (255 * _STD)).astype(np.float32)
+_SHIFT = (_MEAN / _STD).astype(np.float32)
 
 
-def normalize(image: np.ndarray) -> np.ndarray:
-    """uint8 RGB -> float32 with ImageNet's mean 0 and standard deviation 1 in every channel."""
-    return (image.astype(np.float32) / 255 - _MEAN) / _STD
+def normalize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32 with ImageNet's mean 0 and standard deviation 1 in every channel.
+
+    Args:
+        image: the image.
+        out: where to write, (3, H, W) float32; a new array by default.
+    """
+    if out is None:
+        out = np.empty((3, *image.shape[:2]), np.float32)
+    # plane by plane: 0.4 ms for 512x1024, against 3.9 ms for the same arithmetic on the interleaved image
+    for plane, target, scale, shift in zip(cv2.split(image), out, _SCALE, _SHIFT, strict=True):
+        np.multiply(plane, scale, out=target)
+        target -= shift
+    return out
 
 
-def to_tensors(image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Normalised (H, W, 3) float32 and (H, W) uint8 -> (3, H, W) float32 and (H, W) int64."""
-    pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
-    return torch.from_numpy(pixels), torch.from_numpy(label.astype(np.int64))
+def scaled_size(size: Sequence[int], long_side: int) -> tuple[int, int]:
+    """(height, width) -> the size of the same shape whose long side is `long_side`, each rounded half up and at least 1."""
+    factor = long_side / max(size)
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
 
 class EvalTransform:
-    """Normalises; the geometry stays as it is."""
+    """Normalises.
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        return to_tensors(normalize(image), label)
+    Args:
+        squash: (height, width) that every image is resized to, whatever its shape; None leaves it as it is. The label stays.
+    """
+
+    def __init__(self, squash: tuple[int, int] | None = None) -> None:
+        self.squash = squash
+
+    def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
+        if self.squash is not None:
+            image = cv2.resize(image, self.squash[::-1], interpolation=cv2.INTER_LINEAR)
+        return torch.from_numpy(normalize(image)), torch.from_numpy(label.astype(np.int64))
 
 
 class TrainTransform:
@@ -41,52 +65,68 @@ class TrainTransform:
         base_size: length in pixels that the image's long side gets at scale 1.
         scale_steps: K of the scale 0.5 + randint(0, K) / 10, both ends included.
         flip: mirror left and right with probability 0.5.
+        squash: (height, width) that counts as the image's size, whatever its shape; None for its own size.
+        flip_pairs: classes that a flip swaps, such as left and right arm.
 
     The padding (bottom and right, where the scaled image is smaller than the crop) is 0 after normalisation in the image
-    and 255 in the label.
+    and 255 in the label; a flip comes last and brings it to the left. Squash, scale, crop and flip are one interpolation of
+    the pixels that the crop shows: bilinear in the image, nearest in the label, both with half-pixel centres.
 
     Raises:
         ValueError: a size that is not positive, or a negative `scale_steps`.
     """
 
     def __init__(
-        self, crop_size: tuple[int, int] | None, base_size: int = 480, scale_steps: int = 16, flip: bool = True
+        self,
+        crop_size: tuple[int, int] | None,
+        base_size: int = 480,
+        scale_steps: int = 16,
+        flip: bool = True,
+        squash: tuple[int, int] | None = None,
+        flip_pairs: Sequence[tuple[int, int]] = (),
     ) -> None:
-        if crop_size is not None and (len(crop_size) != 2 or min(crop_size) < 1):
-            raise ValueError(f"crop_size must be (height, width) with both >= 1, got {tuple(crop_size)}")
+        for name, size in (("crop_size", crop_size), ("squash", squash)):
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ValueError(f"{name} must be (height, width) with both >= 1, got {tuple(size)}")
         if base_size < 1:
             raise ValueError(f"base_size must be >= 1, got {base_size}")
         if scale_steps < 0:
             raise ValueError(f"scale_steps must be >= 0, got {scale_steps}")
         self.crop_size, self.base_size, self.scale_steps, self.flip = crop_size, base_size, scale_steps, flip
+        self.squash = squash
+        self.swap = np.arange(256, dtype=np.uint8)
+        for left, right in flip_pairs:
+            self.swap[left], self.swap[right] = right, left
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        if self.crop_size is None:
-            pixels = normalize(image)
-        else:
+        height, width = size = label.shape
+        crop, top, left = self.crop_size or size, 0, 0
+        if self.crop_size is not None:
             scale = 0.5 + rng.integers(0, self.scale_steps, endpoint=True) / 10
-            image, label = resize_long_side(image, label, round(self.base_size * scale))
-            pixels, label = pad(normalize(image), label, self.crop_size)
-            top = rng.integers(0, label.shape[0] - self.crop_size[0], endpoint=True)
-            left = rng.integers(0, label.shape[1] - self.crop_size[1], endpoint=True)
-            window = np.s_[top : top + self.crop_size[0], left : left + self.crop_size[1]]
-            pixels, label = pixels[window], label[window]
-        if self.flip and rng.random() < 0.5:
-            pixels, label = pixels[:, ::-1], label[:, ::-1]
-        return to_tensors(pixels, label)
-
-
-def resize_long_side(image: np.ndarray, label: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resize so that the long side has `length` pixels: the image bilinearly, the label to the nearest pixel."""
-    height, width = label.shape
-    factor = length / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    return resized, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
-
-
-def pad(pixels: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad bottom and right to at least `size` = (height, width): the image with 0, the label with 255."""
-    bottom, right = (max(0, want - have) for want, have in zip(size, label.shape, strict=True))
-    pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)))
-    return pixels, np.pad(label, ((0, bottom), (0, right)), constant_values=IGNORE)
+            size = scaled_size(self.squash or size, int(self.base_size * scale + 0.5))
+            top, left = (
+                int(rng.integers(0, max(0, have - want), endpoint=True)) for have, want in zip(size, crop, strict=True)
+            )
+        flip = bool(self.flip and rng.random() < 0.5)
+        # The window of the scaled image that the crop shows; the crop's remainder is padding.
+        rows, columns = min(crop[0], size[0] - top), min(crop[1], size[1] - left)
+        y, x = top + np.arange(rows), left + np.arange(columns)
+        start = 0
+        if flip:
+            x, start = x[::-1], crop[1] - columns
+        window = np.s_[:rows, start : start + columns]
+        step_y, step_x = height / size[0], width / size[1]
+        classes = np.full(crop, IGNORE, np.uint8)
+        source_y, source_x = ((y + 0.5) * step_y).astype(np.intp), ((x + 0.5) * step_x).astype(np.intp)
+        classes[window] = label[source_y][:, source_x]
+        if flip:
+            classes = cv2.LUT(classes, self.swap)
+        pixels = np.zeros((3, *crop), np.float32)
+        shown = image
+        if flip or size != label.shape or (rows, columns) != label.shape:
+            toward = -step_x if flip else step_x
+            matrix = np.array([[toward, 0, (x[0] + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]])
+            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            shown = cv2.warpAffine(image, matrix, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        normalize(shown, pixels[(slice(None), *window)])
+        return torch.from_numpy(pixels), torch.from_numpy(classes.astype(np.int64))

@@ -1,7 +1,20 @@
 """Fixtures of the trainers' tests."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for made_data
+
+
+@pytest.fixture(autouse=True, scope="package")
+def own_cache(tmp_path_factory):
+    """What the trainers note in the user's cache folder stays out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -1,8 +1,9 @@
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from gsto_benchmarks.segmentation.transforms import IGNORE, EvalTransform, TrainTransform, pad, resize_long_side
+from gsto_benchmarks.segmentation.transforms import IGNORE, EvalTransform, TrainTransform, scaled_size
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -22,7 +23,7 @@ def read_back(image: torch.Tensor) -> np.ndarray:
 
 def test_eval_normalises_with_imagenet_statistics():
     image, label = paired_sample()
-    tensor, classes = EvalTransform()(image, label, np.random.default_rng(0))
+    tensor, classes = EvalTransform()(image, label)
     assert tensor.dtype == torch.float32 and classes.dtype == torch.int64
     expected = ((image / 255.0 - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(tensor.numpy(), expected, atol=1e-5)
@@ -85,26 +86,64 @@ def test_without_crop_only_the_flip_remains():
     assert seen == {False, True}
 
 
-def test_labels_are_never_interpolated():
-    image, label = paired_sample()
-    label[label == 5] = IGNORE
-    _, resized = resize_long_side(image, label, 37)
-    assert resized.shape == (25, 37)
-    assert set(np.unique(resized)) <= set(np.unique(label))
+@pytest.mark.parametrize("seed", range(6))
+def test_one_warp_equals_resize_pad_crop_and_flip(seed):
+    """Against the steps one by one, in float64 with OpenCV's own resizing: equal within the rounding to 8 bits."""
+    noise = np.random.default_rng(9).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    image, label = cv2.GaussianBlur(noise, (0, 0), 1), noise[..., 0] % 7
+    tensor, classes = TrainTransform((60, 64), base_size=70, scale_steps=11)(image, label, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    scale = 0.5 + rng.integers(0, 11, endpoint=True) / 10
+    width, height = int(70 * scale + 0.5), int(50 * scale + 0.5)
+    pixels = (cv2.resize(image.astype(np.float64), (width, height)) / 255 - MEAN) / STD
+    rows, columns = ((np.arange(n) + 0.5) * (m / n) for n, m in ((height, 50), (width, 70)))
+    nearest = label[rows.astype(int)][:, columns.astype(int)]
+    bottom, right = max(0, 60 - height), max(0, 64 - width)
+    pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)))
+    nearest = np.pad(nearest, ((0, bottom), (0, right)), constant_values=IGNORE)
+    top, left = (rng.integers(0, n, endpoint=True) for n in (pixels.shape[0] - 60, pixels.shape[1] - 64))
+    window = np.s_[top : top + 60, left : left + 64]
+    step = -1 if rng.random() < 0.5 else 1
+    np.testing.assert_array_equal(classes.numpy(), nearest[window][:, ::step])
+    difference = np.abs(tensor.numpy().transpose(1, 2, 0) - pixels[window][:, ::step]) * STD * 255
+    assert difference.max() < 0.51 + 0.5  # rounding, and the 1/32 pixel grid of OpenCV 4's warps
 
 
-def test_pad_is_at_the_bottom_and_on_the_right():
-    pixels, label = np.ones((3, 4, 3), np.float32), np.ones((3, 4), np.uint8)
-    padded, classes = pad(pixels, label, (5, 4))
-    assert padded.shape == (5, 4, 3) and classes.shape == (5, 4)
-    assert (padded[:3] == 1).all() and (padded[3:] == 0).all()
-    assert (classes[:3] == 1).all() and (classes[3:] == IGNORE).all()
+def test_squash_gives_every_image_one_size():
+    image, label = paired_sample(60, 30)
+    transform = TrainTransform((40, 40), base_size=40, scale_steps=0, flip=False, squash=(40, 40))
+    transform.base_size = 80  # scale 0.5 of 80: the squashed image itself
+    tensor, classes = transform(image, label, np.random.default_rng(0))
+    assert (classes != IGNORE).all()
+    plain, kept = EvalTransform(squash=(40, 40))(image, label)
+    assert plain.shape == (3, 40, 40) and kept.shape == (60, 30)
+    assert (tensor - plain).abs().mean() < 0.02
+
+
+def test_flip_swaps_the_pairs_of_labels_and_nothing_else():
+    label = np.arange(6, dtype=np.uint8)[None].repeat(4, 0)
+    label[0] = IGNORE
+    image = np.zeros((4, 6, 3), np.uint8)
+    seen = set()
+    for seed in range(20):
+        classes = TrainTransform(None, flip_pairs=[(1, 2), (4, 5)])(image, label, np.random.default_rng(seed))[1]
+        assert (classes[0] == IGNORE).all()
+        seen.add(tuple(classes[1].tolist()))
+    assert seen == {(0, 1, 2, 3, 4, 5), (4, 5, 3, 1, 2, 0)}
+
+
+def test_sizes_round_half_up():
+    assert scaled_size((360, 480), 240) == (180, 240)
+    assert scaled_size((3, 2), 5) == (5, 3)  # 3.33
+    assert scaled_size((4, 2), 5) == (5, 3)  # 2.5
+    assert scaled_size((500, 1), 10) == (10, 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"crop_size": (0, 8)}, r"crop_size.*\(0, 8\)"),
+        ({"crop_size": (8, 8), "squash": (8, 0)}, r"squash.*\(8, 0\)"),
         ({"crop_size": (8, 8), "base_size": 0}, "base_size.*0"),
         ({"crop_size": (8, 8), "scale_steps": -1}, "scale_steps.*-1"),
     ],
