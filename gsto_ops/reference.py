@@ -263,16 +263,17 @@ def gated_split(
     gate_bias: Tensor | None,
     weight: Tensor | None,
     split: Sequence[int],
+    copies: int,
     activation: str,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """All that leaves one branch of a gated fusion (Eq. 4, Section 3.2.1): K gates, the first ones for projections.
 
     Returns (projected, gated, gate, mean, var): z_k = W_k(gate_k ⊙ F) for the row groups ``split`` of W; gate_k ⊙ F for the
-    other gates; (N, K, H, W); the statistics of all channels of the z_k.
+    next ``copies`` gates (further gates are only computed); (N, K, H, W); the statistics of all channels of the z_k.
     """
     gate = _activate(F.conv2d(input, gate_weight, gate_bias), activation).sigmoid()
     gates = gate.split(1, 1)
-    gated = [g * input for g in gates[len(split) :]]
+    gated = [g * input for g in gates[len(split) : len(split) + copies]]
     if weight is None:
         empty = input.new_empty(0, dtype=statistics_dtype(input))
         return [], gated, gate, empty, empty.clone()
@@ -301,14 +302,16 @@ def gated_split_backward(
         pairs = [_projection_backward(g, k * input, w) for g, k, w in zip(grad_projected, gates, blocks, strict=False)]
         grads = [grad for grad, _ in pairs] + grads
         grads_weight = [grad for _, grad in pairs]
-    grad_of_gate = torch.cat([(grad * input).sum(1, keepdim=True) for grad in grads], 1)
+    grad_of_gate = torch.zeros_like(gate)
+    for k, grad in enumerate(grads):
+        grad_of_gate[:, k : k + 1] = (grad * input).sum(1, keepdim=True)
     if grad_gate is not None:
         grad_of_gate = grad_of_gate + grad_gate
     grad_logit = grad_of_gate * gate * (1 - gate)
     if activation == "relu":
         grad_logit = grad_logit * (gate > 0.5)  # σ(ReLU(logit)) is 0.5 where the ReLU is closed
     grad_input = torch.einsum("nkhw,kc->nchw", grad_logit, gate_weight[:, :, 0, 0])
-    for g, grad in zip(gates, grads, strict=True):
+    for g, grad in zip(gates, grads, strict=False):
         grad_input = grad_input + g * grad
     grad_gate_weight = torch.einsum("nkhw,nchw->kc", grad_logit, input)[:, :, None, None]
     grad_weight = torch.cat(grads_weight) if grads_weight else input.new_empty(0)

@@ -1,10 +1,12 @@
 """``gsto_ops::gated_split``: all that leaves one branch of a gated fusion, from one read (Eq. 1, 2, 4; Section 3.2.1).
 
-K gates of the branch; the gated projections to finer branches, with their batch statistics; the gated copies that the strided
-convolutions to coarser branches read. No gradient flows through the statistics: ``batch_norm_sum`` accounts for it.
+K gates of the branch; for the first of them, the gated projections to finer branches, with their batch statistics; for the
+next ``copies``, the gated copies that the strided convolutions to coarser branches read; further gates are only computed. No
+gradient flows through the statistics: ``batch_norm_sum`` accounts for it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from .. import reference
 from .library import differentiable_backward, empty_like_layout, layout_of, register
 
 SCHEMA = (
-    "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, str activation) -> "
+    "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, int copies, str activation) -> "
     "(Tensor[] projected, Tensor[] gated, Tensor gate, Tensor mean, Tensor var)"
 )
 BACKWARD_SCHEMA = (
@@ -43,12 +45,13 @@ def _fake(
     gate_bias: Tensor | None,
     weight: Tensor | None,
     split: Sequence[int],
+    copies: int,
     activation: str,
 ) -> Outputs:
     batch, _, height, width = input.shape
     gates, rows = gate_weight.shape[0], sum(split)
     projected = [empty_like_layout(input, (batch, channels, height, width)) for channels in split]
-    gated = [empty_like_layout(input, input.shape) for _ in range(gates - len(split))]
+    gated = [empty_like_layout(input, input.shape) for _ in range(copies)]
     mean, var = (input.new_empty(rows, dtype=reference.statistics_dtype(input)) for _ in range(2))
     return projected, gated, input.new_empty((batch, gates, height, width)), mean, var
 
@@ -72,7 +75,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    input, gate_weight, gate_bias, weight, ctx.split, ctx.activation = inputs
+    input, gate_weight, gate_bias, weight, ctx.split, ctx.copies, ctx.activation = inputs
     # Neither projections nor gated copies: the gradient needs only the input and the gates.
     ctx.save_for_backward(input, output[2], gate_weight, gate_bias, weight)
     ctx.mark_non_differentiable(*output[3:])
@@ -89,14 +92,18 @@ def _backward(
 ) -> tuple[Any, ...]:
     input, gate, gate_weight, gate_bias, weight = ctx.saved_tensors
     grads = (*grad_projected, *grad_gated, grad_gate)
-    no_grads: tuple[Any, ...] = (None if ctx.split else [], None)  # autograd takes an empty list for one of tensors
+    no_grads: tuple[Any, ...] = (
+        None if ctx.split else [],
+        None,
+        None,
+    )  # autograd takes an empty list for one of tensors
     if all(grad is None for grad in grads):
         return (None,) * 4 + no_grads
     if torch.is_grad_enabled():
+        split = partial(reference.gated_split, split=ctx.split, copies=ctx.copies, activation=ctx.activation)
 
         def function(*operands: Any) -> tuple[Tensor, ...]:
-            outputs = reference.gated_split(*operands, split=ctx.split, activation=ctx.activation)
-            projected, gated, gates, _, _ = outputs
+            projected, gated, gates, _, _ = split(*operands)
             return *projected, *gated, gates
 
         operands = (input, gate_weight, gate_bias, weight)

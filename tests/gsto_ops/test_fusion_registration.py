@@ -31,14 +31,16 @@ def norm_arguments(terms, norms, training):
     return mean, var, list(norms[:half]), list(norms[half:]), [1e-5, 1e-3][:half], training, None, None
 
 
-SPLITS = {"both": [2, 3], "copies": [], "projections": [1, 1, 2, 3]}
+# (row groups, gated copies) of four gates
+SPLITS = {"both": ([2, 3], 2), "copies": ([], 3), "projections": ([1, 1, 2, 3], 0)}
 
 
 def split_operands(case, dtype=torch.float64, memory_format=NCHW, gate_bias=True):
     input = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=memory_format).requires_grad_()
-    split = SPLITS[case]
+    split, copies = SPLITS[case]
     weight = make(sum(split), 3, 1, 1, dtype=dtype) if split else None
-    return (input, make(4, 3, 1, 1, dtype=dtype), make(4, dtype=dtype) if gate_bias else None, weight), split
+    operands = (input, make(4, 3, 1, 1, dtype=dtype), make(4, dtype=dtype) if gate_bias else None, weight)
+    return operands, (split, copies)
 
 
 @pytest.mark.parametrize("memory_format", [NCHW, NHWC])
@@ -46,9 +48,9 @@ def split_operands(case, dtype=torch.float64, memory_format=NCHW, gate_bias=True
 @pytest.mark.parametrize("case", SPLITS)
 def test_gated_split_opcheck(case, activation, memory_format):
     operands, split = split_operands(case, torch.float32, memory_format, gate_bias=activation == "relu")
-    torch.library.opcheck(OPS.gated_split.default, (*operands, split, activation))
+    torch.library.opcheck(OPS.gated_split.default, (*operands, *split, activation))
     input, gate_weight, _, weight = (o if o is None else o.detach() for o in operands)
-    projected, gated, gate, _, _ = OPS.gated_split(input, gate_weight, None, weight, split, activation)
+    projected, gated, gate, _, _ = OPS.gated_split(input, gate_weight, None, weight, *split, activation)
     grads = [torch.randn_like(x) for x in projected], [torch.randn_like(x) for x in gated], torch.randn_like(gate)
     arguments = (*grads, input, gate, gate_weight, weight, activation)
     torch.library.opcheck(OPS.gated_split_backward.default, arguments, test_utils=FORWARD)
@@ -60,7 +62,7 @@ def test_gated_split_gradients(case, activation):
     operands, split = split_operands(case)
 
     def function(*tensors):
-        projected, gated, gate, _, _ = OPS.gated_split(*tensors, split, activation)
+        projected, gated, gate, _, _ = OPS.gated_split(*tensors, *split, activation)
         return *projected, *gated, gate
 
     torch.autograd.gradcheck(function, operands)
@@ -70,9 +72,9 @@ def test_gated_split_gradients(case, activation):
 def test_gated_split_with_unused_outputs():
     """Outputs that nobody uses have no gradient: the others' are the same as with zeros for them."""
     operands, split = split_operands("both")
-    projected, gated, _, _, _ = OPS.gated_split(*operands, split, "none")
+    projected, gated, _, _, _ = OPS.gated_split(*operands, *split, "none")
     grads = torch.autograd.grad(projected[1].sum() + gated[0].sum(), operands)
-    projected, gated, gate, _, _ = OPS.gated_split(*operands, split, "none")
+    projected, gated, gate, _, _ = OPS.gated_split(*operands, *split, "none")
     total = projected[1].sum() + gated[0].sum() + 0 * (projected[0].sum() + gated[1].sum() + gate.sum())
     for given, wanted in zip(grads, torch.autograd.grad(total, operands), strict=True):
         torch.testing.assert_close(given, wanted)
@@ -80,7 +82,7 @@ def test_gated_split_with_unused_outputs():
 
 def test_statistics_carry_no_gradient():
     operands, split = split_operands("both")
-    *_, mean, var = OPS.gated_split(*operands, split, "none")
+    *_, mean, var = OPS.gated_split(*operands, *split, "none")
     assert not mean.requires_grad and not var.requires_grad
 
 
