@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, checks, reference
 from .checks import ScaleFactor, Size
-from .ops import autocast_operands
+from .ops import autocast_operands, library
 
 Mode = Literal["bilinear", "avg", "nearest"]
 Activation = Literal["relu"] | None
@@ -114,11 +114,10 @@ def _gated_scale_transfer(
     scale: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
     operands = (input, gate_weight, gate_bias, weight, bias)
-    if backends.select(input.device, input.dtype) == "reference":
+    operators = _operators(input)
+    if operators is None:
         return reference.gated_scale_transfer(*operands, activation, size, mode, align_corners, scale)
-    return torch.ops.gsto_ops.gated_scale_transfer(
-        *operands, activation, size, mode, align_corners, *(scale or (None, None))
-    )
+    return operators.gated_scale_transfer(*operands, activation, size, mode, align_corners, *(scale or (None, None)))
 
 
 @overload
@@ -348,11 +347,11 @@ def _gated_pyramid_pool(
 
 
 def _operators(input: Tensor) -> Any:
-    """The namespace whose operators take this input; None for the plain PyTorch functions of ``reference``."""
+    """The operators (``ops.library.operators``) that take this input; None for the plain functions of ``reference``."""
     backend = backends.select(input.device, input.dtype)
     if backend == "reference":
         return None
-    return torch.ops.gsto_triton if backend == "triton" else torch.ops.gsto_ops
+    return library.operators["gsto_triton" if backend == "triton" else "gsto_ops"]
 
 
 def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any:

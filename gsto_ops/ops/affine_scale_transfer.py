@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .library import RESAMPLING, differentiable_backward, empty_like_layout, layout_of, register, scale_of
+from .autograd import differentiable_backward
+from .library import RESAMPLING, empty_like_layout, layout_of, register, scale_of
 
 SCHEMA = f"(Tensor input, Tensor scale, Tensor shift, str activation, SymInt[2] size, {RESAMPLING}) -> Tensor"
 BACKWARD_SCHEMA = (
@@ -100,4 +101,5 @@ register(
     _setup_context,
     _backward,
     autocast=False,
+    maps=("input",),
 )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .library import RESAMPLING, differentiable_backward, empty_like_layout, layout_of, register, scale_of
+from .autograd import differentiable_backward
+from .library import RESAMPLING, empty_like_layout, layout_of, register, scale_of
 
 SCHEMA = (
     "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, Tensor? bias, str activation, SymInt[2] size, "
@@ -141,4 +142,5 @@ register(
     _backward_fake,
     _setup_context,
     _backward,
+    maps=("input",),
 )

@@ -1,4 +1,4 @@
-"""What the operators' registrations share: the library, the layout rule, double backward, autocast.
+"""What the operators' registrations share: the library, the layout rule, autocast.
 
 Each operator has a file of its own with its schema, default kernel, fake kernel and autograd formula, and is defined twice:
 
@@ -11,12 +11,18 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autograd import differentiable
+from .batching import vmap_rule
+
 libraries = {name: torch.library.Library(name, "DEF") for name in ("gsto_ops", "gsto_triton")}
+# By namespace, the operators as functions: what torch.ops has, with less time per eager call (autograd.py).
+operators = {name: SimpleNamespace() for name in libraries}
 # The arguments that say how to resample, the same in every schema; scale_h and scale_w are F.interpolate's scale_factor.
 RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
 
@@ -47,27 +53,34 @@ def register(
     setup_context: Callable,
     backward: Callable,
     autocast: bool = True,
+    maps: Sequence[str] = (),
 ) -> None:
     """Defines ``name`` and ``name_backward`` in both namespaces with all that the dispatcher asks of them.
 
     ``backward`` is called with the packet of ``name_backward`` in the namespace of the forward call, the context, and the grads.
+    ``maps`` is for ``torch.vmap``, see ``batching.vmap_rule``.
     """
-    define(name, name, "forward", schema, kernel, fake)
+    define(name, name, "forward", schema, kernel, fake, maps)
     define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
-        torch.library.register_autograd(
-            f"{namespace}::{name}",
-            partial(backward, getattr(packet, f"{name}_backward")),
-            setup_context=setup_context,
-            lib=library,
-        )
+        gradients = partial(backward, getattr(packet, f"{name}_backward"))
+        function = differentiable(library, getattr(packet, name).default, kernel, setup_context, gradients)
+        setattr(operators[namespace], name, function)
         if autocast:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
                 library.impl(name, _autocast_kernel(getattr(packet, name), device_type, key), key)
 
 
-def define(operator: str, file: str, function: str, schema: str, kernel: Callable, fake: Callable) -> None:
+def define(
+    operator: str,
+    file: str,
+    function: str,
+    schema: str,
+    kernel: Callable,
+    fake: Callable,
+    maps: Sequence[str] = (),
+) -> None:
     """Defines ``operator`` in both namespaces; Triton's kernel of it is ``function`` in ``gsto_ops/triton/{file}.py``."""
     for namespace, library in libraries.items():
         library.define(operator + schema)
@@ -77,33 +90,13 @@ def define(operator: str, file: str, function: str, schema: str, kernel: Callabl
             for key in ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",):
                 library.impl(operator, partial(_triton_kernel, file, function), key)
         torch.library.register_fake(f"{namespace}::{operator}", fake, lib=library)
+        overload = getattr(getattr(torch.ops, namespace), operator).default
+        torch.library.register_vmap(f"{namespace}::{operator}", partial(vmap_rule, overload, maps), lib=library)
 
 
 def _triton_kernel(name: str, direction: str, *args: Any) -> Any:
     # Imported at the first call: importing gsto_ops needs no Triton.
     return getattr(importlib.import_module(f"gsto_ops.triton.{name}"), direction)(*args)
-
-
-def differentiable_backward(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    operands: Sequence[Tensor | None],
-    needs_grad: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradients of ``function(*operands)`` as a differentiable expression, for create_graph=True; slower than the kernels."""
-    outputs = function(*operands)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = {i: operand for i, operand in enumerate(operands) if operand is not None and needs_grad[i]}
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        list(wanted.values()),
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    by_index = dict(zip(wanted, found, strict=True))
-    return [by_index.get(i) for i in range(len(operands))]
 
 
 def autocast_operands(device_type: str, operands: tuple[Any, ...]) -> tuple[Any, ...]:

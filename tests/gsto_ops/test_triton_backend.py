@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 CODE = """
+import importlib
 import torch, gsto_ops
 from gsto_ops import backends, reference
 
@@ -26,7 +27,14 @@ calls = {
     "affine_scale_transfer": (lambda *t: (gsto_ops.affine_scale_transfer(*t, size=(2, 3), mode="avg"),), (x, scale, shift)),
     "gated_pyramid_pool": (lambda *t: (*gsto_ops.gated_pyramid_pool(*t, bins=[1, 3])[0],), (x, gates)),
 }
+launched = []
 for name, (function, operands) in calls.items():
+    module = importlib.import_module(f"gsto_ops.triton.{name}")
+    for direction in ("forward", "backward"):
+        def run(*args, original=getattr(module, direction), called=f"{name} {direction}"):
+            launched.append(called)
+            return original(*args)
+        setattr(module, direction, run)
     results = {}
     for backend in ("triton", "reference"):
         leaves = [t.clone().requires_grad_() for t in operands]
@@ -37,6 +45,8 @@ for name, (function, operands) in calls.items():
         results[backend] = [*outputs, *grads]
     for actual, expected in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    assert launched == [f"{name} forward", f"{name} backward"], launched
+    launched.clear()
     print(name, "equal")
 with torch.autocast("cpu", torch.bfloat16), gsto_ops.use_backend("triton"):
     assert gsto_ops.gated_scale_transfer(x, rho, b, w, c, scale_factor=2).dtype == torch.bfloat16

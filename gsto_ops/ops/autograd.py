@@ -1,0 +1,158 @@
+"""Autograd of the operators: one ``torch.autograd.Function`` each, for the dispatcher and as a plain function.
+
+``torch.library.register_autograd`` would do for autograd, but not for torch.func, and an eager call through it passes Python
+twice more than needed, which doubles the time of a call on a tiny input (benchmarks/kernels/NOTES.md).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+
+def differentiable(
+    library: torch.library.Library,
+    overload: torch._ops.OpOverload,
+    formula: Callable,
+    setup_context: Callable,
+    backward: Callable,
+) -> Callable:
+    """Registers the autograd formula of an operator; returns the operator as a function that skips the dispatcher.
+
+    ``formula`` is the operator in plain PyTorch: what runs under forward-mode differentiation.
+    ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` see arguments and results as the schema has them: a
+    list of tensors is a list, in ``ctx.needs_input_grad`` and in what ``backward`` returns too.
+    """
+    schema = overload._schema
+    in_lists, out_lists = (
+        tuple(i for i, value in enumerate(values) if "List" in str(value.type) and "Tensor" in str(value.type))
+        for values in (schema.arguments, schema.returns)
+    )
+    returns = len(schema.returns)
+
+    # An autograd.Function takes and gives tensors side by side: lists are flattened, their lengths follow as one more value.
+    def run(*args: Any) -> Any:
+        if in_lists:
+            args = _nested(args[:-1], in_lists, args[-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*args)
+        return _flat(output if returns > 1 else (output,), out_lists) if out_lists else output
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if in_lists:
+            inputs, ctx.in_lengths = _nested(inputs[:-1], in_lists, inputs[-1]), inputs[-1]
+        if out_lists:
+            output, ctx.out_lengths = _nested(output[:-1], out_lists, output[-1]), output[-1]
+            output = output if returns > 1 else output[0]
+        setup_context(ctx, inputs, output)
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        if out_lists:
+            grads = _nested(grads[:-1], out_lists, ctx.out_lengths)
+        if not in_lists:
+            return backward(ctx, *grads)
+        needed = ctx.needs_input_grad
+        ctx.needs_input_grad = _nested(needed[:-1], in_lists, ctx.in_lengths)
+        try:
+            return *_flat(backward(ctx, *grads), in_lists)[:-1], None
+        finally:
+            ctx.needs_input_grad = needed
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            remember(ctx, args, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    class LowerLevels(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch.enable_grad():  # which forward() has turned off, for all levels of torch.func
+                return Function.forward(ctx, *args)
+
+    def apply(*args: Any) -> Any:
+        flat = _flat(args, in_lists) if in_lists else args
+        if torch._C._are_functorch_transforms_active():
+            # The dispatcher has chosen the level of torch.func that this call belongs to, as for kernels in C++;
+            # torch.autograd.Function.apply would start again at the top one.
+            with enable_single_level_autograd_function():
+                output = super(torch.autograd.Function, LowerLevels).apply(*flat)
+        else:
+            output = Function.apply(*flat)
+        if not out_lists:
+            return output
+        output = _nested(output[:-1], out_lists, output[-1])
+        return output if returns > 1 else output[0]
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            return formula(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        if _dispatcher_needed(_flat(args, in_lists) if in_lists else args):
+            return overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    return call
+
+
+def _dispatcher_needed(args: Sequence[Any]) -> bool:
+    """Whether a layer above autograd has a say: a compiler or tracer, forward mode, torch.func, a tensor subclass or mode."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.overrides.has_torch_function(args)
+        or torch.jit.is_tracing()
+    )
+
+
+def _flat(values: Sequence[Any], lists: tuple[int, ...]) -> tuple[Any, ...]:
+    """The values with the lists among them unpacked, and the lengths of these lists."""
+    flat: list[Any] = []
+    for i, value in enumerate(values):
+        flat.extend(value) if i in lists else flat.append(value)
+    return *flat, tuple(len(values[i]) for i in lists)
+
+
+def _nested(flat: Sequence[Any], lists: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    """The inverse of :func:`_flat`."""
+    values: Iterator[Any] = iter(flat)
+    count = len(flat) - sum(lengths) + len(lists)
+    length = dict(zip(lists, lengths, strict=True))
+    return tuple([next(values) for _ in range(length[i])] if i in length else next(values) for i in range(count))
+
+
+def differentiable_backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    operands: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of ``function(*operands)`` as a differentiable expression, for create_graph=True; slower than the kernels."""
+    wanted = {i: operand for i, operand in enumerate(operands) if operand is not None and needs_grad[i]}
+
+    def of_wanted(*values: Tensor) -> list[Tensor]:
+        replaced = dict(zip(wanted, values, strict=True))
+        outputs = function(*(replaced.get(i, operand) for i, operand in enumerate(operands)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [output for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+
+    pullback = torch.func.vjp(of_wanted, *wanted.values())[1]
+    found = dict(zip(wanted, pullback([grad for grad in grads if grad is not None]), strict=True))
+    return [found.get(i) for i in range(len(operands))]
