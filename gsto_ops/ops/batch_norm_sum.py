@@ -16,7 +16,8 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from .. import reference
-from .library import define, differentiable_backward, empty_like_layout, layout_of, register
+from .autograd import differentiable_backward
+from .library import define, empty_like_layout, layout_of, register
 
 NORMS = "Tensor[] mean, Tensor[] var, Tensor[] weight"
 SCHEMA = (
@@ -152,7 +153,7 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Any, .
     if gate is not None:
         grad_input, grad_gate = gate * grad_sum, (input * grad_sum).sum(1, keepdim=True)
     none = [None] * n_norms
-    return grad_input, grad_gate, grads, none, none, grads_weight, grads_bias, None if none else [], *(None,) * 6
+    return grad_input, grad_gate, grads, none, none, grads_weight, grads_bias, *(None,) * 7
 
 
 def _differentiable_backward(
@@ -196,7 +197,7 @@ def _differentiable_backward(
         found[2 + n_terms + n_norms :],
     )
     none = [None] * n_norms
-    return found[0], found[1], maps, none, none, gammas, betas, None if none else [], *(None,) * 6
+    return found[0], found[1], maps, none, none, gammas, betas, *(None,) * 7
 
 
 def _namespace_of(operator: Any) -> Any:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .library import differentiable_backward, empty_like_layout, layout_of, register
+from .autograd import differentiable_backward
+from .library import empty_like_layout, layout_of, register
 
 SCHEMA = (
     "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, int copies, str activation) -> "
@@ -92,11 +93,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     input, gate, gate_weight, gate_bias, weight = ctx.saved_tensors
     grads = (*grad_projected, *grad_gated, grad_gate)
-    no_grads: tuple[Any, ...] = (
-        None if ctx.split else [],
-        None,
-        None,
-    )  # autograd takes an empty list for one of tensors
+    no_grads = (None,) * 3
     if all(grad is None for grad in grads):
         return (None,) * 4 + no_grads
     if torch.is_grad_enabled():
