@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gsto_ops.backends
 
-from .errors import UsageError
+from .errors import TrainingError, UsageError
 
 CONFIGS = Path(__file__).parent / "segmentation" / "configs"
 COMMANDS = {
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after one line about a wrong command or bad data."""
+    """Run one command; returns the exit status: 0, or after a line about it 2 (wrong command, bad data) or 1 (failed run)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     if command in ("", "-h", "--help"):
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"gsto: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"gsto: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -67,7 +70,7 @@ def _run_with_trainers(command: str, argv: list[str]) -> None:
 
             run(argv[1:], COMMANDS["visualize"])
         else:
-            from .training import run_cli
+            from .training.cli import run_cli
 
             run_cli(resolve_config_names(argv))
     except DataError as error:

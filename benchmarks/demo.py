@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 
 from .quiet import quieten
 from .segmentation import ScenesData, SegmentationTask
 from .segmentation.pictures import save_gates
 from .segmentation.report import RunReport
+from .training.progress import Progress
 
 # Fusion gates of the last module into the highest and the lowest resolution, and both transition gates.
 GATES = {
@@ -83,7 +83,7 @@ def run_demo(options: DemoOptions) -> dict[str, float]:
         accelerator="auto",
         devices=1,
         max_epochs=options.epochs,
-        callbacks=[report, RichProgressBar()],
+        callbacks=[report, Progress()],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import cv2
 import numpy as np
@@ -61,7 +62,7 @@ def test_learning_rate_decays_by_the_step_index(run):
     step, rate = header.index("step"), header.index("train/lr")
     rates = {int(row[step]): float(row[rate]) for row in rows if row[rate]}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    lr = config["model"]["lr"]
+    lr = config["model"]["init_args"]["lr"]
     assert rates == pytest.approx({k: lr * (1 - k / 4) ** 0.9 for k in range(4)})
 
 
@@ -93,9 +94,16 @@ def test_checkpoint_holds_the_options_of_the_network(run):
     assert task.hparams.num_classes == 11 and task.hparams.gate_bias_init == 4.0
 
 
-def test_loss_that_is_not_finite_stops_with_step_and_names(camvid, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d, batch \d \(\d\.png, \d\.png\)"):
-        fit(camvid, tmp_path, "--trainer.max_epochs=2", "--model.lr=1e30")
+def test_loss_that_is_not_finite_stops_and_saves_the_batch(camvid, tmp_path, capsys):
+    assert fit(camvid, tmp_path, "--trainer.max_epochs=2", "--model.lr=1e30") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"the loss is (nan|inf) at step \d, batch \d of the epoch \(\d\.png, \d\.png\)", error)
+    (file,) = tmp_path.glob("bad_batch_*.pt")
+    assert str(file) in error and "Traceback" not in error
+    saved = torch.load(file, weights_only=True)
+    images, labels, names = saved["batch"]
+    assert images.shape == (2, 3, 32, 64) and labels.shape == (2, 32, 64) and len(names) == 2
+    assert not math.isfinite(saved["loss"])
 
 
 @pytest.mark.parametrize("option", ["--model.lrr=0.1", "--trainer.max_epoch=3", "--data.init_args.rooot=x"])
@@ -108,7 +116,7 @@ def test_misspelt_key_is_an_error(option, capsys):
 
 def test_misspelt_key_in_a_file_is_an_error(tmp_path, capsys):
     config = yaml.safe_load(cli.shipped_configs()["camvid"].read_text())
-    config["model"]["gate_bais_init"] = 4.0
+    config["model"]["init_args"]["gate_bais_init"] = 4.0
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as stop:
@@ -122,7 +130,8 @@ def test_print_config(capsys):
         cli.main(["fit", "-c", "camvid", "--model.lr=0.123", "--print_config"])
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["lr"] == 0.123 and config["model"]["name"] == "gsto_hrnet_w18_small_v2"
+    model = config["model"]["init_args"]
+    assert model["lr"] == 0.123 and model["name"] == "gsto_hrnet_w18_small_v2"
 
 
 def test_config_names():

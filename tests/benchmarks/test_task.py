@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from gsto_benchmarks.segmentation import SegmentationTask
+from gsto_benchmarks.segmentation.loss import segmentation_loss
 from gsto_benchmarks.segmentation.metrics import class_iou, summarize
-from gsto_benchmarks.segmentation.task import poly_factor, segmentation_loss
 from gsto_benchmarks.segmentation.transforms import IGNORE
+from gsto_benchmarks.training.optimization import poly_factor
 
 
 def numpy_confusion(prediction, label, classes):
@@ -120,7 +121,10 @@ def test_poly_factor():
         ({"lr": 0.0}, r"lr must be > 0, got 0\.0"),
         ({"poly_power": -1.0}, r"poly_power must be > 0, got -1\.0"),
         ({"class_weights": [1.0, 2.0]}, r"class_weights must be 4 numbers > 0, got \[1\.0, 2\.0\]"),
-        ({"optimizer": "adam"}, "optimizer must be 'sgd' or 'adamw', got 'adam'"),
+        ({"optimizer": "lion"}, r"optimizer must be one of \('sgd', 'adam', 'adamw'\), got 'lion'"),
+        ({"schedule": "cosine"}, r"schedule must be one of \('poly', 'multistep'\), got 'cosine'"),
+        ({"ohem_threshold": 1.5}, r"ohem_threshold must be in \(0, 1\], got 1\.5"),
+        ({"ohem_threshold": 0.9, "ohem_min_kept": 0}, "ohem_min_kept must be >= 1, got 0"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -1,0 +1,176 @@
+"""`gsto fit` and `gsto validate`: LightningCLI with a run folder that a run can be continued from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionYesNo
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from ..errors import TrainingError, UsageError
+from ..quiet import quieten
+from .averaging import ExponentialMovingAverage
+from .batches import share_batch
+from .checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_fault, newest_checkpoint
+from .progress import Progress
+from .table import MetricsTable
+from .task import TrainingTask
+from .trouble import explain
+
+
+class TrainingCLI(LightningCLI):
+    """`fit` leaves everything in `trainer.default_root_dir`: config.yaml, best.ckpt (by the task's headline metric),
+    last.ckpt, previous.ckpt, metrics.csv, TensorBoard's files, and what the task's reports write."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.add_argument(
+            "--resume",
+            action=ActionYesNo(no_prefix="no_"),
+            default=False,
+            help="go on from the newest whole checkpoint of the run's folder; begin where there is none",
+        )
+        parser.add_argument(
+            "--global_batch_size",
+            type=int | None,
+            default=None,
+            help="images per optimizer step over all processes. Each takes at most data.batch_size at once and accumulates "
+            "gradients over several batches if need be. Default: data.batch_size x number of processes",
+        )
+        parser.add_argument(
+            "--ema_decay",
+            type=float | None,
+            default=None,
+            help="evaluate and save an exponential average of the weights",
+        )
+        parser.add_argument(
+            "--checkpoint_minutes", type=float | None, default=10.0, help="time between checkpoints, in mid-epoch too"
+        )
+        parser.add_argument(
+            "--checkpoint_steps", type=int | None, default=None, help="optimizer steps between checkpoints"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        # Lightning's own method would warn about arguments given as a list
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the hyperparameters stored in the checkpoint override the configuration and the command
+        # line, so that a run could not be resumed with another learning rate. Here what the user writes counts.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            self._choose_checkpoint(config)
+        elif config.ckpt_path is None:
+            raise UsageError(f"{self.subcommand} needs --ckpt_path FILE: the checkpoint to evaluate")
+        if config.ckpt_path is None:
+            return
+        if not Path(config.ckpt_path).is_file():
+            raise UsageError(f"--ckpt_path {config.ckpt_path}: no such file")
+        fault = checkpoint_fault(Path(config.ckpt_path))
+        if fault is not None:
+            raise UsageError(f"--ckpt_path {config.ckpt_path}: the file is damaged ({fault})")
+
+    def _choose_checkpoint(self, config: Any) -> None:
+        """Where a run goes on from; a folder with a run in it is never overwritten."""
+        folder = Path(config.trainer.default_root_dir)
+        if config.resume and config.ckpt_path is not None:
+            raise UsageError("--resume finds the checkpoint by itself: give either --resume or --ckpt_path")
+        if not config.resume and config.ckpt_path is None and any(folder.glob("*.ckpt")):
+            raise UsageError(
+                f"{folder} holds the checkpoints of a run: continue it with --resume, or begin another one with "
+                "--trainer.default_root_dir FOLDER"
+            )
+        if config.resume:
+            newest = newest_checkpoint(folder)
+            rank_zero_info(f"{folder}: no checkpoint yet, a new run" if newest is None else f"Going on from {newest}")
+            config.ckpt_path = None if newest is None else str(newest)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        folder = Path(config.trainer.default_root_dir)
+        callbacks = [Progress(), *(config.trainer.callbacks or [])]
+        plugins = config.trainer.plugins or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        logger = config.trainer.logger
+        if self.subcommand == "fit":
+            if config.ema_decay is not None:
+                callbacks.append(ExponentialMovingAverage(config.ema_decay))
+            best = ModelCheckpoint(folder, "best", self.model.headline, mode="max", enable_version_counter=False)
+            last = Checkpoints(folder, config.checkpoint_minutes, config.checkpoint_steps)
+            callbacks += [*self.model.make_reports(folder), best, last]
+            if logger is None:
+                logger = [MetricsTable(folder), TensorBoardLogger(folder, "tensorboard", version="")]
+        else:
+            self.save_config_callback = None  # evaluating must not change the record of the training run
+            logger = False
+        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, plugins=plugins, **kwargs)
+        if self.subcommand == "fit" and config.global_batch_size is not None:
+            if trainer.accumulate_grad_batches != 1:
+                raise UsageError(
+                    "global_batch_size decides about trainer.accumulate_grad_batches: give only one of them"
+                )
+            self.datamodule.batch_size, trainer.accumulate_grad_batches = share_batch(
+                config.global_batch_size, self.datamodule.batch_size, trainer.world_size
+            )
+        return trainer
+
+    def before_fit(self) -> None:
+        batch, accumulate, ranks = (
+            self.datamodule.batch_size,
+            self.trainer.accumulate_grad_batches,
+            self.trainer.world_size,
+        )
+        rank_zero_info(
+            f"{batch * accumulate * ranks} images per step = {batch} at once x {accumulate} x {ranks} processes"
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            message = explain(error, self.datamodule.batch_size, self.trainer.default_root_dir)
+            if message is None:
+                raise
+            raise TrainingError(message) from error
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            print(f"Results in {folder}: {' '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
+
+
+def run_cli(args: Sequence[str]) -> None:
+    """Run `fit` or `validate` with these command-line arguments."""
+    quieten()
+    exact = {"allow_abbrev": False}
+    TrainingCLI(
+        TrainingTask,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,  # the task has its own
+        load_from_checkpoint_support=False,  # the task's hyperparameters are what its constructor got
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "default_root_dir": "runs/train",
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,  # the loaders share the data among the processes by themselves
+        },
+        parser_kwargs={"prog": "gsto", **exact, "fit": exact, "validate": exact},
+        args=args,
+    )
