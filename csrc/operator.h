@@ -79,22 +79,28 @@ struct Resampling {
 };
 
 inline Resampling resampling_of(const char* op, const Tensor& input, const std::vector<int64_t>& size,
-                                StringHandle handle, bool align_corners, std::optional<double> scale_h,
-                                std::optional<double> scale_w) {
-  const std::string name = text_of(handle);
-  STD_TORCH_CHECK(name == "bilinear" || name == "avg" || name == "nearest", "gsto_ops::", op,
-                  ": mode must be bilinear, avg or nearest, got ", name);
+                                ResampleMode mode, bool align_corners, std::optional<double> scale_h = std::nullopt,
+                                std::optional<double> scale_w = std::nullopt) {
   constexpr int64_t kLimit = (int64_t{1} << 31) - 64;  // pixels of an axis are counted in 32 bits
   STD_TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, "gsto_ops::", op, ": size must be positive, got (",
                   size.at(0), ", ", size.at(1), ") for input of shape ", shape_of(input));
   STD_TORCH_CHECK(size[0] < kLimit && size[1] < kLimit && input.size(2) < kLimit && input.size(3) < kLimit,
                   "gsto_ops::", op, ": heights and widths must be less than ", kLimit, ", got input of shape ",
                   shape_of(input), " and size (", size[0], ", ", size[1], ")");
+  return {make_axis(input.size(2), size[0], mode, align_corners, scale_h.value_or(0)),
+          make_axis(input.size(3), size[1], mode, align_corners, scale_w.value_or(0))};
+}
+
+inline Resampling resampling_of(const char* op, const Tensor& input, const std::vector<int64_t>& size,
+                                StringHandle handle, bool align_corners, std::optional<double> scale_h,
+                                std::optional<double> scale_w) {
+  const std::string name = text_of(handle);
+  STD_TORCH_CHECK(name == "bilinear" || name == "avg" || name == "nearest", "gsto_ops::", op,
+                  ": mode must be bilinear, avg or nearest, got ", name);
   const ResampleMode mode = name == "avg"       ? ResampleMode::kAvg
                             : name == "nearest" ? ResampleMode::kNearest
                                                 : ResampleMode::kBilinear;
-  return {make_axis(input.size(2), size[0], mode, align_corners, scale_h.value_or(0)),
-          make_axis(input.size(3), size[1], mode, align_corners, scale_w.value_or(0))};
+  return resampling_of(op, input, size, mode, align_corners, scale_h, scale_w);
 }
 
 }  // namespace gsto

@@ -15,6 +15,8 @@ enum class ScalarType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 enum class ResampleMode { kBilinear, kAvg, kNearest };
 
+enum class LabelType { kInt64, kInt32, kUint8 };
+
 struct BFloat16 {
   uint16_t bits;
 };

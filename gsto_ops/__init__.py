@@ -18,6 +18,7 @@ from .functional import (
     scale_transfer,
     supervised_gated_scale_transfer,
 )
+from .losses import upsample_cross_entropy
 from .modules import GatedScaleTransfer, gated_norm_transfer
 
 __version__ = version("gsto_ops")
@@ -34,5 +35,6 @@ __all__ = [
     "reference",
     "scale_transfer",
     "supervised_gated_scale_transfer",
+    "upsample_cross_entropy",
     "use_backend",
 ]

@@ -129,6 +129,22 @@ def pyramid(name: str, channels: int, size: tuple[int, int], bins: Sequence[int]
     return Case(f"gated_pyramid_pool: {name}", ours, eager, shapes)
 
 
+def cross_entropy(name: str, classes: int, size: tuple[int, int], to: tuple[int, int]) -> Case:
+    """upsample_cross_entropy; a tenth of the labels are ignored."""
+    target = torch.randint(0, classes, (1, *to), generator=torch.Generator().manual_seed(0))
+    target[:, : to[0] // 10] = 255
+
+    def ours(x: Tensor):
+        return (gsto_ops.upsample_cross_entropy(x, target, ignore_index=255),)
+
+    def eager(x: Tensor):
+        logits = x.float() if x.dtype == torch.bfloat16 else x
+        logits = F.interpolate(logits, size=to, mode="bilinear")
+        return (F.cross_entropy(logits, target, ignore_index=255),)
+
+    return Case(f"upsample_cross_entropy: {name}", ours, eager, [(1, classes, *size)])
+
+
 CASES = [
     # The gated fusion module's transfers between branches (batch norm folded).
     transfer("up2 96 -> 48, 64x128", 96, 48, (64, 128), (128, 256)),
@@ -164,6 +180,9 @@ CASES = [
     pyramid("W48, 720, 128x256", 720, (128, 256)),
     pyramid("W18, 270, 128x256", 270, (128, 256)),
     pyramid("ResNet-50, 2048, 64x128", 2048, (64, 128)),
+    # The loss of one head.
+    cross_entropy("19 classes, 128x256 -> 512x1024", 19, (128, 256), (512, 1024)),
+    cross_entropy("60 classes, 120x120 -> 480x480", 60, (120, 120), (480, 480)),
 ]
 
 

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   p.grad_output = view(grad_output);
 
   const Tensor grad_input = op.new_map(p.channels, p.in_height, p.in_width);
-  const Tensor grad_scale = op.new_statistics(p.channels), grad_shift = op.new_statistics(p.channels);
+  const Tensor grad_scale = op.new_statistics({p.channels}), grad_shift = op.new_statistics({p.channels});
   p.grad_input = view(grad_input);
   p.grad_scale = grad_scale.data_ptr();
   p.grad_shift = grad_shift.data_ptr();

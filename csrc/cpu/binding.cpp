@@ -67,8 +67,8 @@ Tensor Operator::new_tensor(const std::vector<int64_t>& shape) const {
   return torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device());
 }
 
-Tensor Operator::new_statistics(int64_t size) const {
-  return torch::stable::empty({size}, statistics_type(input), std::nullopt, input.device());
+Tensor Operator::new_statistics(const std::vector<int64_t>& shape) const {
+  return torch::stable::empty(shape, statistics_type(input), std::nullopt, input.device());
 }
 
 Call Operator::call(int64_t out_pixels) const {

@@ -25,10 +25,10 @@ class Operator {
   void check(const char* argument, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
              bool statistics = false) const;
 
-  // Results: a map in the input's layout, a contiguous tensor of its dtype, a vector of float32 (float64 for float64).
+  // Results: a map in the input's layout, a contiguous tensor of its dtype, one of float32 (float64 for float64).
   Tensor new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const;
   Tensor new_tensor(const std::vector<int64_t>& shape) const;
-  Tensor new_statistics(int64_t size) const;
+  Tensor new_statistics(const std::vector<int64_t>& shape) const;
 
   // A call whose output maps have so many pixels; it has no resampling tables yet.
   Call call(int64_t out_pixels) const;

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
 
   const Tensor output = op.new_map(p.out_channels, p.in_height, p.in_width);
   const Tensor gate = op.new_tensor({p.batch, 1, p.in_height, p.in_width});
-  const Tensor mean = op.new_statistics(p.out_channels), var = op.new_statistics(p.out_channels);
+  const Tensor mean = op.new_statistics({p.out_channels}), var = op.new_statistics({p.out_channels});
   p.output = view(output);
   p.gate = view(gate);
   p.mean = view(mean);

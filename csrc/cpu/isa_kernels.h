@@ -13,6 +13,7 @@
 #include "cpu/gated_projection_kernel.h"
 #include "cpu/affine_scale_transfer_kernel.h"
 #include "cpu/gated_pyramid_pool_kernel.h"
+#include "cpu/upsample_cross_entropy_kernel.h"
 
 
 namespace gsto::cpu::GSTO_ISA {
@@ -25,7 +26,9 @@ constexpr Kernels kernels(const char* name) {
           affine_scale_transfer,
           affine_scale_transfer_backward,
           gated_pyramid_pool,
-          gated_pyramid_pool_backward};
+          gated_pyramid_pool_backward,
+          upsample_cross_entropy,
+          upsample_cross_entropy_backward};
 }
 }  // namespace gsto::cpu::GSTO_ISA
 // clang-format on

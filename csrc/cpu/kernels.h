@@ -24,6 +24,7 @@ struct Kernels {
   Kernel<GatedProjectionParams> gated_projection, gated_projection_backward;
   Kernel<AffineScaleTransferParams> affine_scale_transfer, affine_scale_transfer_backward;
   Kernel<GatedPyramidPoolParams> gated_pyramid_pool, gated_pyramid_pool_backward;
+  Kernel<UpsampleCrossEntropyParams> upsample_cross_entropy, upsample_cross_entropy_backward;
 };
 
 extern const Kernels kBaselineKernels;

@@ -91,4 +91,24 @@ struct GatedPyramidPoolParams {
   void* grad_gate_bias = nullptr;
 };
 
+struct UpsampleCrossEntropyParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of the logits and their gradient; the rest is of the accumulate type
+  LabelType label_type = LabelType::kInt64;
+  int64_t batch = 0, channels = 0, in_width = 0;
+  int64_t ignore_index = 0;
+  int64_t* bad_label = nullptr;  // ignore_index; a label that is neither that nor a class is written here
+
+  TensorView input;      // (N, C, h, w)
+  TensorView target;     // (N, H, W): stride_c is unused, as in all maps of this shape
+  TensorView weight;     // (C,) at stride_n, may be absent
+  TensorView logsumexp;  // (N, H, W): written by forward, read by backward
+
+  TensorView loss;           // (N, H, W): forward of "none" only
+  double* totals = nullptr;  // the sum of the losses and of the weights: forward only
+
+  TensorView grad_loss;   // (N, H, W), strides 0 for a scalar: backward only, as the rest
+  double divisor = 1;     // of grad_loss
+  TensorView grad_input;  // (N, C, h, w)
+};
+
 }  // namespace gsto::cpu

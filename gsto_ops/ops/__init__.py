@@ -8,6 +8,7 @@ from . import (
     gated_pyramid_pool,
     gated_scale_transfer,
     gated_split,
+    upsample_cross_entropy,
 )
 from .library import autocast_operands, layout_of
 
@@ -21,4 +22,5 @@ __all__ = [
     "gated_scale_transfer",
     "gated_split",
     "layout_of",
+    "upsample_cross_entropy",
 ]
