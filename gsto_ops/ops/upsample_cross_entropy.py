@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .library import differentiable_backward, empty_like_layout, layout_of, register
+from .autograd import differentiable_backward
+from .library import empty_like_layout, layout_of, register
 
 SCHEMA = (
     "(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction, bool align_corners) -> "
