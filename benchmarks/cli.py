@@ -60,21 +60,16 @@ def _run_with_trainers(command: str, argv: list[str]) -> None:
     if importlib.util.find_spec("lightning") is None:
         raise UsageError(f"{command} needs the trainers: pip install 'gsto_ops[train]'")
     # the trainers are imported only where they are used: `gsto info` and the help work without them, and at once
-    from .segmentation import DataError
+    if command == "demo":
+        _demo(argv[1:])
+    elif command == "visualize":
+        from .visualize import run
 
-    try:
-        if command == "demo":
-            _demo(argv[1:])
-        elif command == "visualize":
-            from .visualize import run
+        run(argv[1:], COMMANDS["visualize"])
+    else:
+        from .training.cli import run_cli
 
-            run(argv[1:], COMMANDS["visualize"])
-        else:
-            from .training.cli import run_cli
-
-            run_cli(resolve_config_names(argv))
-    except DataError as error:
-        raise UsageError(str(error)) from error
+        run_cli(resolve_config_names(argv))
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..sampling import ShardSampler, TrainLoader, run_seed
+from ..training import TrainingData
 from . import scenes
 from .datasets import DataError, ScenesDataset, SegmentationDataset
 from .protocol import MULTI_SCALE, Protocol, by_name
@@ -20,16 +17,15 @@ from .protocol import MULTI_SCALE, Protocol, by_name
 Sample = tuple[Tensor, Tensor, str]
 
 
-class SegmentationData(LightningDataModule, ABC):
+class SegmentationData(TrainingData):
     """The sets of a data set, with the classes' names and colours.
 
     A batch is (images (N, 3, H, W) float32, labels (N, H, W) int64 with 255 = ignored, names); where the labels of an
     evaluation batch differ in size they are a list of N tensors (H', W').
 
     Args:
-        batch_size: training images per process and step.
-        val_batch_size: evaluation images per step; images of one batch must have one size.
-        num_workers: data loading processes; None chooses by the machine, 0 loads in the main process.
+        batch_size, num_workers: see `TrainingData`.
+        val_batch_size: evaluation images per process and step; images of one batch must have one size.
 
     Attributes:
         num_classes, class_names, palette: the classes, in the order of their numbers, and their RGB colours.
@@ -38,10 +34,9 @@ class SegmentationData(LightningDataModule, ABC):
         protocols: how a network is evaluated here, by name; the first is the one used while training.
 
     Raises:
-        ValueError: a batch size under 1, or a negative `num_workers`.
+        ValueError, DataError: see `TrainingData`.
     """
 
-    num_classes: int
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     flip_pairs: tuple[tuple[int, int], ...] = ()
@@ -49,16 +44,6 @@ class SegmentationData(LightningDataModule, ABC):
     train_set: SegmentationDataset
     val_set: SegmentationDataset
     test_set: SegmentationDataset
-
-    def __init__(self, batch_size: int, val_batch_size: int, num_workers: int | None) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers must be >= 0 or None, got {num_workers}")
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
 
     @abstractmethod
     def make_train_set(self) -> SegmentationDataset: ...
@@ -85,45 +70,15 @@ class SegmentationData(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Open and check the data sets: bad data stops here, before the first step, in every process alike."""
-        if stage == "fit":
-            self.train_set = self.make_train_set()
-            if len(self.train_set) < self.batch_size:
-                raise DataError(
-                    f"batch_size {self.batch_size} is larger than the training set ({len(self.train_set)} images), "
-                    "and incomplete batches are dropped"
-                )
-        if stage in ("fit", "validate"):
-            self.val_set = self.make_val_set()
+        super().setup(stage)
         if stage == "test":
             self.test_set = self.make_test_set()
 
-    def train_dataloader(self) -> TrainLoader:
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return TrainLoader(
-            self.train_set, self.batch_size, seed=run_seed(), accumulate=accumulate, **self._share(), **self._options()
-        )
-
     def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader(self.val_set)
+        return self.evaluation_loader(self.val_set, collate)
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader(self.test_set)
-
-    def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader:
-        sampler = ShardSampler(len(dataset), **self._share())
-        return DataLoader(dataset, self.val_batch_size, sampler=sampler, collate_fn=collate, **self._options())
-
-    def _share(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-    def _options(self) -> dict[str, int | bool]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return self.evaluation_loader(self.test_set, collate)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import DataError
 from ..sampling import Draw
 from .scenes import make_scene
 from .transforms import IGNORE, EvalTransform, TrainTransform
@@ -23,10 +24,6 @@ cv2.setNumThreads(0)  # parallelism is between samples; OpenCV's own threads wou
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 INVALID = 254  # in a label table: a value that no label file may have
-
-
-class DataError(ValueError):
-    """The data cannot be trained on as asked; the message names the file or folder, or the number, that is wrong."""
 
 
 class Pair(NamedTuple):

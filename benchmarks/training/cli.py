@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionYesNo
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,6 +18,7 @@ from ..quiet import quieten
 from .averaging import ExponentialMovingAverage
 from .batches import share_batch
 from .checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_fault, newest_checkpoint
+from .data import TrainingData
 from .progress import Progress
 from .table import MetricsTable
 from .task import TrainingTask
@@ -158,7 +159,7 @@ def run_cli(args: Sequence[str]) -> None:
     exact = {"allow_abbrev": False}
     TrainingCLI(
         TrainingTask,
-        LightningDataModule,
+        TrainingData,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # the task has its own

@@ -6,12 +6,12 @@ import signal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from gsto_benchmarks.sampling import Draw, ShardSampler, TrainLoader, run_seed
-from gsto_benchmarks.training import TrainingTask
+from gsto_benchmarks.sampling import Draw
+from gsto_benchmarks.training import TrainingData, TrainingTask
 
 
 class ToySet(Dataset):
@@ -27,24 +27,18 @@ class ToySet(Dataset):
         return torch.from_numpy(image).float(), index % 2, f"sample {index}"
 
 
-class ToyData(LightningDataModule):
+class ToyData(TrainingData):
+    num_classes = 2
+
     def __init__(self, batch_size: int = 4, num_workers: int = 0, train_size: int = 26):
-        super().__init__()
-        self.batch_size, self.num_workers, self.train_size, self.num_classes = batch_size, num_workers, train_size, 2
+        super().__init__(batch_size, 2, num_workers)
+        self.train_size = train_size
 
-    def train_dataloader(self):
-        return TrainLoader(
-            ToySet(self.train_size),
-            self.batch_size,
-            seed=run_seed(),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-            num_workers=self.num_workers,
-        )
+    def make_train_set(self):
+        return ToySet(self.train_size)
 
-    def val_dataloader(self):
-        return DataLoader(ToySet(6), 2, sampler=ShardSampler(6, self.trainer.global_rank, self.trainer.world_size))
+    def make_val_set(self):
+        return ToySet(6)
 
 
 class Crash(Exception):
