@@ -17,6 +17,8 @@ CONFIGS = Path(__file__).parent / "segmentation" / "configs"
 COMMANDS = {
     "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
     "fit": "train: gsto fit -c CONFIG [--key value ...]",
+    "prepare": "make a data set ready for training: convert it, list its files, check them",
+    "verify": "check a data set file by file",
     "validate": "evaluate: gsto validate -c CONFIG --ckpt_path FILE [--key value ...]",
     "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
@@ -25,7 +27,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or after a line about it 2 (wrong command, bad data) or 1 (failed run)."""
+    """Run one command; returns the exit status: 0, or after lines about it 2 (wrong command, bad data) or 1 (failed run or check)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     if command in ("", "-h", "--help"):
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(argv[1:], COMMANDS["convert"])
         else:
-            _run_with_trainers(command, argv)
+            return _run_with_trainers(command, argv)
     except UsageError as error:
         print(f"gsto: {error}", file=sys.stderr)
         return 2
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_with_trainers(command: str, argv: list[str]) -> None:
+def _run_with_trainers(command: str, argv: list[str]) -> int:
     if importlib.util.find_spec("lightning") is None:
         raise UsageError(f"{command} needs the trainers: pip install 'gsto_ops[train]'")
     # the trainers are imported only where they are used: `gsto info` and the help work without them, and at once
@@ -66,10 +68,15 @@ def _run_with_trainers(command: str, argv: list[str]) -> None:
         from .visualize import run
 
         run(argv[1:], COMMANDS["visualize"])
+    elif command in ("prepare", "verify"):
+        from .segmentation.prepare import run_prepare, run_verify
+
+        return {"prepare": run_prepare, "verify": run_verify}[command](argv[1:], COMMANDS[command])
     else:
         from .training.cli import run_cli
 
         run_cli(resolve_config_names(argv))
+    return 0
 
 
 def shipped_configs() -> dict[str, Path]:

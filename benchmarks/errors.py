@@ -6,7 +6,18 @@ class UsageError(ValueError):
 
 
 class DataError(UsageError):
-    """The data cannot be used as asked; the message names the file or folder, or the number, that is wrong."""
+    """The data cannot be used as asked.
+
+    Args:
+        lines: one for each problem; each names the file or folder, or the number, that is wrong. The message shows ten.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        shown, more = self.args[:10], len(self.args) - 10
+        return "\n".join([*shown, f"... and {more} more: gsto verify lists them"] if more > 0 else shown)
 
 
 class TrainingError(RuntimeError):

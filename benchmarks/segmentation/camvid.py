@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .datasets import Pair, label_table, pair_by_name
+from .datasets import Found, label_table, pair_by_name
 from .folders import FolderData
 
 
@@ -60,5 +60,5 @@ class CamVidData(FolderData):
     ) -> None:
         super().__init__(root, crop_size, base_size, scale_steps, batch_size, **options)
 
-    def find_pairs(self, split: str) -> list[Pair]:
+    def find_pairs(self, split: str) -> Found:
         return pair_by_name(self.root / split, self.root / f"{split}annot")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .datasets import DataError, Pair, decode_label, label_table
+from .datasets import DataError, Found, Pair, decode_label, label_table
 from .folders import FolderData
 from .protocol import MULTI_SCALE, Protocol, by_name
 
@@ -108,20 +108,21 @@ class CityscapesData(FolderData):
     ) -> None:
         super().__init__(root, crop_size, base_size, scale_steps, batch_size, **options)
 
-    def find_pairs(self, split: str) -> list[Pair]:
+    def find_pairs(self, split: str) -> Found:
         images, labels = self.root / "leftImg8bit" / split, self.root / "gtFine" / split
-        pairs = []
+        found = Found([], [])
         for file in _files(images, _IMAGE):
             label = labels / file.parent.name / file.name.replace(_IMAGE, _LABEL)
-            if split != "test" and not label.is_file():
-                raise DataError(f"{file} has no label: {label} is missing")
-            pairs.append(Pair(file, label if split != "test" else None, f"{file.parent.name}/{file.name}"))
+            if split == "test" or label.is_file():
+                name = f"{file.parent.name}/{file.name}"
+                found.pairs.append(Pair(file, None if split == "test" else label, name))
+            else:
+                found.problems.append(f"{file} has no label: {label} is missing")
         if split != "test":
-            known = {pair.label for pair in pairs}
-            for file in _files(labels, _LABEL):
-                if file not in known:
-                    raise DataError(f"{file} has no image of its name in {images}")
-        return pairs
+            known = {pair.label for pair in found.pairs}
+            lost = [file for file in _files(labels, _LABEL) if file not in known]
+            found.problems.extend(f"{file} has no image of its name in {images}" for file in lost)
+        return found
 
     def instance_ids(self, pair: Pair) -> np.ndarray:
         """The instance ids (H, W) uint16 of a labelled sample: label id * 1000 + number; ids below 1000 are no instances.

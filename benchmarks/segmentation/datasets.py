@@ -34,6 +34,13 @@ class Pair(NamedTuple):
     name: str
 
 
+class Found(NamedTuple):
+    """The files of a split: pairs, and a line for each file without its partner."""
+
+    pairs: list[Pair]
+    problems: list[str]
+
+
 class SegmentationDataset(Dataset, ABC):
     """Items are (image (3, H, W) float32, label (H, W) int64 with 255 = ignored, name).
 
@@ -138,18 +145,22 @@ def describe_values(values: Sequence[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def pair_by_name(images: Path, labels: Path) -> list[Pair]:
-    """Pairs of the files of two folders that have one name but for the suffix, in the order of the names.
+def pair_by_name(images: Path, labels: Path) -> Found:
+    """Pairs the files of two folders that have one name but for the suffix, in the order of the names.
 
     Raises:
-        DataError: a missing or empty folder, an image without label, a label without image.
+        DataError: a missing or empty folder.
     """
     image_files, label_files = files_by_stem(images), files_by_stem(labels)
-    for stem in sorted(image_files.keys() ^ label_files.keys()):
-        if stem in image_files:
-            raise DataError(f"{image_files[stem]} has no label: {labels / stem}.png is missing")
-        raise DataError(f"{label_files[stem]} has no image of the same name in {images}")
-    return [Pair(image_files[stem], label_files[stem], image_files[stem].name) for stem in sorted(image_files)]
+    found = Found([], [])
+    for stem in sorted(image_files.keys() | label_files.keys()):
+        if stem not in label_files:
+            found.problems.append(f"{image_files[stem]} has no label: {labels / stem}.png is missing")
+        elif stem not in image_files:
+            found.problems.append(f"{label_files[stem]} has no image of the same name in {images}")
+        else:
+            found.pairs.append(Pair(image_files[stem], label_files[stem], image_files[stem].name))
+    return found
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .datamodules import SegmentationData
-from .datasets import DataError, Pair, PairDataset
+from .datasets import DataError, Found, Pair, PairDataset
 from .transforms import EvalTransform, TrainTransform
 from .verification import check
 
@@ -64,8 +64,8 @@ class FolderData(SegmentationData):
         self.plain = EvalTransform(self.squash)
 
     @abstractmethod
-    def find_pairs(self, split: str) -> list[Pair]:
-        """The files of one split by the public layout."""
+    def find_pairs(self, split: str) -> Found:
+        """The files of one split by the public layout; a folder that is missing is a DataError."""
 
     @property
     def label_values(self) -> list[int]:
@@ -77,7 +77,14 @@ class FolderData(SegmentationData):
         for split in names.split("+"):
             if split not in self.splits:
                 raise DataError(f"{type(self).__name__} has no split {split!r}; it has {', '.join(self.splits)}")
-            pairs += self.find_pairs(split) if self.lists is None else self._listed(split)
+            found = self.find_pairs(split) if self.lists is None else self._listed(split)
+            if found.problems:
+                raise DataError(*found.problems)
+            pairs += found.pairs
+        return self.dataset(pairs)
+
+    def dataset(self, pairs: list[Pair]) -> PairDataset:
+        """These files as this data set's labels and transforms read them."""
         return PairDataset(pairs, self.table, self.augment, self.plain)
 
     def make_train_set(self) -> PairDataset:
@@ -94,7 +101,7 @@ class FolderData(SegmentationData):
         check(dataset, f"Checking {names}")
         return dataset
 
-    def _listed(self, split: str) -> list[Pair]:
+    def _listed(self, split: str) -> Found:
         file = self.lists / f"{split}.lst"
         if not file.is_file():
             raise DataError(f"{file}: no such list")
@@ -107,7 +114,7 @@ class FolderData(SegmentationData):
                 pairs.append(Pair(self.root / words[0], self.root / words[1] if len(words) == 2 else None, words[0]))
         if not pairs:
             raise DataError(f"{file}: no files in this list")
-        return pairs
+        return Found(pairs, [])
 
 
 def first_folder(*candidates: Path) -> Path:

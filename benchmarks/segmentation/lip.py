@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .datasets import Pair, files_by_stem, label_table, pair_by_name
+from .datasets import Found, Pair, files_by_stem, label_table, pair_by_name
 from .folders import FolderData, first_folder
 from .montage import class_colors
 from .protocol import Protocol, by_name
@@ -70,10 +70,10 @@ class LIPData(FolderData):
     ) -> None:
         super().__init__(root, crop_size, base_size, scale_steps, batch_size, **options)
 
-    def find_pairs(self, split: str) -> list[Pair]:
+    def find_pairs(self, split: str) -> Found:
         if split == "test":
             files = files_by_stem(self._folder("test_images", "Testing_images"))
-            return [Pair(file, None, file.name) for file in files.values()]
+            return Found([Pair(file, None, file.name) for file in files.values()], [])
         images = self._folder(f"{split}_images", "TrainVal_images")
         return pair_by_name(images, self._folder(f"{split}_segmentations", "TrainVal_parsing_annotations"))
 

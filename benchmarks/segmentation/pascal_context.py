@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .datasets import DataError, Pair, files_by_stem, label_table
+import cv2
+import numpy as np
+from rich.progress import track
+
+from .datasets import DataError, Found, Pair, files_by_stem, label_table
 from .folders import FolderData, first_folder
 from .montage import class_colors
 from .protocol import MULTI_SCALE, Protocol, by_name
@@ -70,11 +77,60 @@ class PascalContextData(FolderData):
         places = (self.root, self.root / "VOCdevkit" / "VOC2010", self.root / "VOC2010")
         return first_folder(*(place / "JPEGImages" for place in places))
 
-    def find_pairs(self, split: str) -> list[Pair]:
+    def find_pairs(self, split: str) -> Found:
         folder = self.root / LABEL_FOLDER / split
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; `gsto prepare pascal_context` makes it of trainval_merged.json")
         images, labels = files_by_stem(self.image_folder), files_by_stem(folder)
-        for stem in sorted(labels.keys() - images.keys()):
-            raise DataError(f"{labels[stem]} has no image of the same name in {self.image_folder}")
-        return [Pair(images[stem], labels[stem], images[stem].name) for stem in sorted(labels)]
+        lost = sorted(labels.keys() - images.keys())
+        return Found(
+            [Pair(images[stem], labels[stem], images[stem].name) for stem in sorted(labels.keys() & images.keys())],
+            [f"{labels[stem]} has no image of the same name in {self.image_folder}" for stem in lost],
+        )
+
+
+def convert_annotations(data: PascalContextData, file: Path) -> dict[str, int]:
+    """Write the label PNGs of all images of the official annotations: `context_labels/{train,val}/<image>.png`.
+
+    The annotations of an image are painted in the file's order, so that a later one covers an earlier one.
+
+    Args:
+        data: the data set, in whose root the folder is made.
+        file: `trainval_merged.json`.
+
+    Returns:
+        The number of labels written for each split.
+
+    Raises:
+        DataError: no such file, or one of another kind; an annotation with an unknown category or of another size than its image.
+        ModuleNotFoundError: pycocotools, which decodes the masks, is not installed.
+    """
+    from pycocotools import mask as masks
+
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; it is the annotation file of the Pascal in Detail challenge")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        annotations = defaultdict(list)
+        for annotation in content["annos_segmentation"]:
+            annotations[annotation["image_id"]].append(annotation)
+        images = [image for image in content["images"] if image["phase"] in data.splits]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not the annotations of Pascal Context ({type(error).__name__}: {error})") from error
+    classes = {category: index for index, category in enumerate(CATEGORY_IDS)}
+    written = dict.fromkeys(data.splits, 0)
+    for image in track(images, "Writing labels", transient=True, disable=not sys.stdout.isatty()):
+        label = np.zeros((image["height"], image["width"]), np.uint8)
+        for annotation in annotations[image["image_id"]]:
+            where = f"{file}: annotation {annotation['id']} of {image['file_name']}"
+            if annotation["category_id"] not in classes:
+                raise DataError(f"{where} has category {annotation['category_id']}, which is none of the 59")
+            mask = masks.decode(annotation["segmentation"])
+            if mask.shape != label.shape:
+                raise DataError(f"{where} must have the image's size {label.shape}, got {mask.shape} (height, width)")
+            label[mask > 0] = classes[annotation["category_id"]]
+        folder = data.root / LABEL_FOLDER / image["phase"]
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imencode(".png", label)[1].tofile(folder / f"{Path(image['file_name']).stem}.png")
+        written[image["phase"]] += 1
+    return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,6 @@ from pathlib import Path
 from rich.progress import track
 
 from .datasets import DataError, PairDataset
-
-_SHOWN = 10  # problems in one error message; `gsto verify` lists them all
 
 
 def find_problems(dataset: PairDataset, title: str) -> Iterator[str]:
@@ -33,7 +32,8 @@ def find_problems(dataset: PairDataset, title: str) -> Iterator[str]:
 
     count = len(dataset)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
-        for line in track(pool.map(problem, range(count)), title, total=count, transient=True):
+        lines = pool.map(problem, range(count))
+        for line in track(lines, title, total=count, transient=True, disable=not sys.stdout.isatty()):
             if line is not None:
                 yield line
 
@@ -49,15 +49,14 @@ def check(dataset: PairDataset, title: str) -> None:
         title: of the progress bar.
 
     Raises:
-        DataError: one or more files cannot be used; the message names the first of them.
+        DataError: one or more files cannot be used; it names them.
     """
     note = _cache_folder() / _fingerprint(dataset)
     if note.exists():
         return
     problems = list(find_problems(dataset, title))
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more: `gsto verify` lists them"] if len(problems) > _SHOWN else []
-        raise DataError("\n".join([*problems[:_SHOWN], *more]))
+        raise DataError(*problems)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(f"{title}: {len(dataset)} pairs, last {dataset.pairs[-1].image}\n", encoding="utf-8")

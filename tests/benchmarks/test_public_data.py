@@ -144,7 +144,7 @@ def test_lists_say_what_belongs_to_a_split(tmp_path):
             lambda r: (r / "leftImg8bit/val/town/town_000001_000019_leftImg8bit.png").unlink(),
             "_labelIds.png has no image",
         ),
-        (lambda r: (r / "gtFine/train").rename(r / "gtFine/other"), "_leftImg8bit.png has no label"),
+        (lambda r: (r / "gtFine/train").rename(r / "gtFine/other"), "gtFine.train: no such folder"),
         (lambda r: (r / "leftImg8bit/train").rename(r / "other"), "leftImg8bit.train: no such folder"),
         (
             lambda r: write(
