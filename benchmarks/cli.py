@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or after lines about it 2 (wrong command, bad data) or 1 (failed run or check)."""
+    """Run one command; returns the exit status: 0, or after lines about it 2 (bad command or data) or 1 (failed run or check)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     if command in ("", "-h", "--help"):

@@ -82,7 +82,7 @@ def _has_options(checkpoint: Path) -> bool:
 def look(network: nn.Module, image: np.ndarray) -> Insight:
     """Run a network in eval mode on an RGB image (H, W, 3) uint8 and keep what it computed on the way."""
     insight = Insight(pose=getattr(network, "head_name", "") == "final_layer")
-    pixels = torch.from_numpy(normalize(image))[None]
+    pixels = normalize(torch.from_numpy(image)[None])
     with _watching(network, insight), gsto_models.record_gates(network) as gates:
         logits = network(pixels)
     insight.gates = {name: gate[0, 0].numpy() for name, gate in gates.items()}

@@ -13,6 +13,7 @@ from ..training import TrainingData
 from . import scenes
 from .datasets import DataError, ScenesDataset, SegmentationDataset
 from .protocol import MULTI_SCALE, Protocol, by_name
+from .transforms import normalize
 
 Sample = tuple[Tensor, Tensor, str]
 
@@ -20,8 +21,9 @@ Sample = tuple[Tensor, Tensor, str]
 class SegmentationData(TrainingData):
     """The sets of a data set, with the classes' names and colours.
 
-    A batch is (images (N, 3, H, W) float32, labels (N, H, W) int64 with 255 = ignored, names); where the labels of an
-    evaluation batch differ in size they are a list of N tensors (H', W').
+    A batch as the task sees it is (images (N, 3, H, W) float32, labels (N, H, W) int64 with 255 = ignored, names); where the
+    labels of an evaluation batch differ in size they are a list of N tensors (H', W'). The loaders give images (N, H, W, 3)
+    and labels as uint8: `on_after_batch_transfer` makes the numbers of them, on the device.
 
     Args:
         batch_size, num_workers: see `TrainingData`.
@@ -74,6 +76,11 @@ class SegmentationData(TrainingData):
         if stage == "test":
             self.test_set = self.make_test_set()
 
+    def on_after_batch_transfer(self, batch: tuple, dataloader_idx: int = 0) -> tuple:
+        images, labels, names = batch
+        labels = [label.long() for label in labels] if isinstance(labels, list) else labels.long()
+        return normalize(images), labels, names
+
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_loader(self.val_set, collate)
 
@@ -88,7 +95,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | list[Tensor], l
         DataError: the images have several sizes.
     """
     images, labels, names = zip(*samples, strict=True)
-    sizes = {tuple(image.shape[1:]): name for image, name in zip(images, names, strict=True)}
+    sizes = {tuple(image.shape[:2]): name for image, name in zip(images, names, strict=True)}
     if len(sizes) > 1:
         found = " and ".join(f"{h}x{w} ({name})" for (h, w), name in sizes.items())
         raise DataError(f"images of one batch must have one size, got {found}: set val_batch_size to 1")

@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 class SegmentationDataset(Dataset, ABC):
-    """Items are (image (3, H, W) float32, label (H, W) int64 with 255 = ignored, name).
+    """Items are (image (H, W, 3) uint8 RGB, label (H, W) uint8 with 255 = ignored, name).
 
     `dataset[index]` is the sample as evaluation sees it. `dataset[Draw(index, seed)]` is augmented, by `seed` alone: who asks,
     and in what order, makes no difference.

@@ -15,7 +15,7 @@ import gsto_models
 
 from .datasets import SegmentationDataset
 from .task import SegmentationTask
-from .transforms import IGNORE
+from .transforms import IGNORE, normalize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,7 +33,7 @@ def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.n
 
 def sample_batch(task: SegmentationTask, dataset: SegmentationDataset, index: int) -> Tensor:
     """One sample of a data set as a batch of one normalised image (1, 3, H, W) on the task's device."""
-    return dataset[index][0][None].to(task.device)
+    return normalize(dataset[index][0][None].to(task.device))
 
 
 def spread(count: int, dataset: SegmentationDataset) -> list[int]:

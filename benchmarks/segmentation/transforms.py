@@ -1,11 +1,14 @@
 """From an image and its label to tensors, with the augmentation of the segmentation protocols.
 
-Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 for ignored pixels.
+Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 for ignored pixels. They stay 8-bit until they are on the network's
+device (`normalize`). As float32 and int64 the five times larger batches, allocated, copied and passed on, took a loading process
+LIP 7.0 instead of 3.0 ms per image, and Cityscapes 65 instead of 40.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -13,26 +16,24 @@ import torch
 from torch import Tensor
 
 IGNORE = 255
-_MEAN = np.array([0.485, 0.456, 0.406])  # ImageNet, RGB in [0, 1]
-_STD = np.array([0.229, 0.224, 0.225])
-_SCALE = (1 / (255 * _STD)).astype(np.float32)
-_SHIFT = (_MEAN / _STD).astype(np.float32)
+_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
+_STD = (0.229, 0.224, 0.225)
+PADDING = (124, 116, 104)  # the mean in 8 bits: within 0.01 of the 0 that normalised images are to be padded with
 
 
-def normalize(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32 with ImageNet's mean 0 and standard deviation 1 in every channel.
+def normalize(images: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 with ImageNet's mean 0 and standard deviation 1 in every channel.
 
-    Args:
-        image: the image.
-        out: where to write, (3, H, W) float32; a new array by default.
+    The result's memory format is channels_last.
     """
-    if out is None:
-        out = np.empty((3, *image.shape[:2]), np.float32)
-    # plane by plane: 0.4 ms for 512x1024, against 3.9 ms for the same arithmetic on the interleaved image
-    for plane, target, scale, shift in zip(cv2.split(image), out, _SCALE, _SHIFT, strict=True):
-        np.multiply(plane, scale, out=target)
-        target -= shift
-    return out
+    scale, shift = _normalization(images.device)
+    return images.permute(0, 3, 1, 2).float().mul_(scale).sub_(shift)
+
+
+@lru_cache
+def _normalization(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (_MEAN, _STD))
+    return (1 / (255 * std)).float().to(device), (mean / std).float().to(device)
 
 
 def scaled_size(size: Sequence[int], long_side: int) -> tuple[int, int]:
@@ -42,7 +43,7 @@ def scaled_size(size: Sequence[int], long_side: int) -> tuple[int, int]:
 
 
 class EvalTransform:
-    """Normalises.
+    """Leaves everything as it is, but for:
 
     Args:
         squash: (height, width) that every image is resized to, whatever its shape; None leaves it as it is. The label stays.
@@ -54,11 +55,11 @@ class EvalTransform:
     def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         if self.squash is not None:
             image = cv2.resize(image, self.squash[::-1], interpolation=cv2.INTER_LINEAR)
-        return torch.from_numpy(normalize(image)), torch.from_numpy(label.astype(np.int64))
+        return torch.from_numpy(image), torch.from_numpy(label)
 
 
 class TrainTransform:
-    """Random scale, pad, random crop, random horizontal flip, normalise.
+    """Random scale, pad, random crop, random horizontal flip.
 
     Args:
         crop_size: (height, width) of the result; None keeps the image's own size, and scale and crop are skipped.
@@ -68,9 +69,9 @@ class TrainTransform:
         squash: (height, width) that counts as the image's size, whatever its shape; None for its own size.
         flip_pairs: classes that a flip swaps, such as left and right arm.
 
-    The padding (bottom and right, where the scaled image is smaller than the crop) is 0 after normalisation in the image
-    and 255 in the label; a flip comes last and brings it to the left. Squash, scale, crop and flip are one interpolation of
-    the pixels that the crop shows: bilinear in the image, nearest in the label, both with half-pixel centres.
+    The padding (bottom and right, where the scaled image is smaller than the crop) is `PADDING` in the image, which is 0 after
+    normalisation, and 255 in the label; a flip comes last and brings it to the left. Squash, scale, crop and flip are one
+    interpolation of the pixels that the crop shows: bilinear in the image, nearest in the label, both with half-pixel centres.
 
     Raises:
         ValueError: a size that is not positive, or a negative `scale_steps`.
@@ -108,25 +109,22 @@ class TrainTransform:
                 int(rng.integers(0, max(0, have - want), endpoint=True)) for have, want in zip(size, crop, strict=True)
             )
         flip = bool(self.flip and rng.random() < 0.5)
-        # The window of the scaled image that the crop shows; the crop's remainder is padding.
+        # What the crop shows of the scaled image; the rest is padding.
         rows, columns = min(crop[0], size[0] - top), min(crop[1], size[1] - left)
         y, x = top + np.arange(rows), left + np.arange(columns)
-        start = 0
-        if flip:
-            x, start = x[::-1], crop[1] - columns
-        window = np.s_[:rows, start : start + columns]
         step_y, step_x = height / size[0], width / size[1]
-        classes = np.full(crop, IGNORE, np.uint8)
+        toward, start = step_x, 0
+        if flip:
+            x, toward, start = x[::-1], -step_x, crop[1] - columns
         source_y, source_x = ((y + 0.5) * step_y).astype(np.intp), ((x + 0.5) * step_x).astype(np.intp)
-        classes[window] = label[source_y][:, source_x]
+        classes = label[source_y][:, source_x]
+        matrix = np.array([[toward, 0, (x[0] + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        pixels = cv2.warpAffine(image, matrix, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
         if flip:
             classes = cv2.LUT(classes, self.swap)
-        pixels = np.zeros((3, *crop), np.float32)
-        shown = image
-        if flip or size != label.shape or (rows, columns) != label.shape:
-            toward = -step_x if flip else step_x
-            matrix = np.array([[toward, 0, (x[0] + 0.5) * step_x - 0.5], [0, step_y, (top + 0.5) * step_y - 0.5]])
-            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            shown = cv2.warpAffine(image, matrix, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-        normalize(shown, pixels[(slice(None), *window)])
-        return torch.from_numpy(pixels), torch.from_numpy(classes.astype(np.int64))
+        if (rows, columns) != tuple(crop):
+            margins = (0, crop[0] - rows, start, crop[1] - columns - start)
+            pixels = cv2.copyMakeBorder(pixels, *margins, cv2.BORDER_CONSTANT, value=PADDING)
+            classes = cv2.copyMakeBorder(classes, *margins, cv2.BORDER_CONSTANT, value=IGNORE)
+        return torch.from_numpy(pixels), torch.from_numpy(classes)

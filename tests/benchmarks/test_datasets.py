@@ -47,10 +47,10 @@ def test_void_becomes_ignored_and_channels_are_rgb(camvid):
 def test_batches(camvid):
     data = setup(camvid)
     images, labels, names = next(iter(data.train_dataloader()))
-    assert images.shape == (2, 3, 32, 32) and labels.shape == (2, 32, 32) and len(names) == 2
+    assert images.shape == (2, 32, 32, 3) and labels.shape == (2, 32, 32) and len(names) == 2
     assert len(data.train_dataloader()) == 2
     images, labels, _ = next(iter(data.val_dataloader()))
-    assert images.shape == (1, 3, 40, 64) and labels.shape == (1, 40, 64)
+    assert images.shape == (1, 40, 64, 3) and labels.shape == (1, 40, 64)
 
 
 def remove(path):
@@ -126,7 +126,7 @@ def test_augmentation_is_a_function_of_the_draw(camvid):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
     plain = train[1]
-    assert plain[0].shape == (3, 40, 64) and plain[2] == first[2] == "1.png"
+    assert plain[0].shape == (40, 64, 3) and plain[2] == first[2] == "1.png"
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(camvid):
@@ -165,6 +165,6 @@ def test_real_camvid_files(data_root):
     data.setup("fit")
     assert len(data.train_set) == 40 and len(data.val_set) == 16
     image, label, _ = data.val_set[0]
-    assert image.shape == (3, 360, 480) and label.shape == (360, 480)
+    assert image.shape == (360, 480, 3) and label.shape == (360, 480)
     values = set(label.unique().tolist())
     assert values <= {*range(11), IGNORE} and len(values) > 6

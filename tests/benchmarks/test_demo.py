@@ -48,7 +48,7 @@ def test_checkpoint_gives_the_evaluated_network_back(demo):
     data.setup("validate")
     with torch.no_grad():
         for index, batch in enumerate(data.val_dataloader()):
-            task.validation_step(batch, index)
+            task.validation_step(data.on_after_batch_transfer(batch), index)
     task.on_validation_epoch_end()
     assert logged["val/pixel_acc"] == pytest.approx(final["val/pixel_acc"], abs=1e-3)
 

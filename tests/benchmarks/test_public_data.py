@@ -37,7 +37,7 @@ def opened(data_class, root, stage="fit", **options):
 @pytest.mark.parametrize(("data_class", "make", "options"), MAKERS)
 def test_batches_of_every_data_set(data_class, make, options, tmp_path):
     data = opened(data_class, make(tmp_path), **options)
-    images, labels, names = next(iter(data.train_dataloader()))
+    images, labels, names = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
     crop = tuple(data.augment.crop_size)
     assert images.shape == (2, 3, *crop) and images.dtype == torch.float32 and len(names) == 2
     assert labels.shape == (2, *crop) and labels.dtype == torch.int64
@@ -45,7 +45,7 @@ def test_batches_of_every_data_set(data_class, make, options, tmp_path):
     seen = [labels for _, labels, _ in data.val_dataloader()]
     assert len(seen) == len(data.val_set)
     _, label, _ = data.val_set.read(0)
-    assert torch.equal(data.val_set[0][1], torch.from_numpy(label.astype(np.int64)))
+    assert torch.equal(data.val_set[0][1], torch.from_numpy(label))
     assert len(data.class_names) == len(data.palette) == len(set(data.palette)) == data.num_classes
     stored = np.array(data.label_values)[np.where(label == IGNORE, 0, label)]
     assert (data.table[stored] == np.where(label == IGNORE, 0, label)).all()
@@ -81,8 +81,9 @@ def test_test_split_has_no_labels(tmp_path):
 
 def test_lip_squashes_images_and_swaps_sides(tmp_path):
     data = opened(LIPData, make_lip(tmp_path), val_batch_size=3)
-    ((images, labels, _),) = data.val_dataloader()
+    ((images, labels, _),) = map(data.on_after_batch_transfer, data.val_dataloader())
     assert images.shape == (3, 3, 473, 473)
+    assert all(label.dtype == torch.int64 for label in labels)
     assert [tuple(label.shape) for label in labels] == [(40, 48), (56, 48), (72, 48)]
     sides = {14: 15, 15: 14, 16: 17, 17: 16, 18: 19, 19: 18}
     assert data.augment.swap[:20].tolist() == [sides.get(k, k) for k in range(20)]
@@ -248,7 +249,7 @@ def test_real_cityscapes_files(data_root):
     data = CityscapesData(str(data_root / "cityscapes_mini"), num_workers=0)
     data.setup("validate")
     image, label, name = data.val_set[0]
-    assert image.shape == (3, 128, 256) and name == "frankfurt/frankfurt_000000_000294_leftImg8bit.png"
+    assert image.shape == (128, 256, 3) and name == "frankfurt/frankfurt_000000_000294_leftImg8bit.png"
     folder = data_root / "cityscapes_mini/gtFine/val/frankfurt"
     own = cv2.imread(str(folder / "frankfurt_000000_000294_gtFine_labelTrainIds.png"), cv2.IMREAD_UNCHANGED)
     assert (label.numpy() != own).sum() == 77  # the two files were resized independently
@@ -261,8 +262,8 @@ def test_real_lip_files(data_root):
     data = LIPData(str(data_root / "lip_mini"), batch_size=1, num_workers=0)
     data.setup("fit")
     image, label, _ = data.val_set[0]
-    assert image.shape == (3, 473, 473) and label.shape == (377, 130)
+    assert image.shape == (473, 473, 3) and label.shape == (377, 130)
     grey = data.val_set.read(0)[0]
     assert (grey == grey[..., :1]).all()  # a grey JPEG
     image, label, _ = data.train_set[Draw(0, 3)]
-    assert image.shape == (3, 473, 473) and label.shape == (473, 473) and len(label.unique()) > 3
+    assert image.shape == (473, 473, 3) and label.shape == (473, 473) and len(label.unique()) > 3
