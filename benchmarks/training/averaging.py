@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -24,7 +23,3 @@ class ExponentialMovingAverage(WeightAveraging):
             raise ValueError(f"ema_decay must be between 0 and 1, got {decay}")
         # the "multi" form updates all tensors of a kind in one kernel; the other one takes two per tensor
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the module is still on the CPU here
-        super().setup(trainer, pl_module, stage)

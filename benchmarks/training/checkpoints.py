@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.minutes, self.steps = folder, minutes, steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock, self._step = time.monotonic(), trainer.global_step
+        self._clock, self._step, self._written = time.monotonic(), trainer.global_step, True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,12 +94,12 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        ends = ends or 0 < trainer.max_steps <= trainer.global_step
-        if ends or self._is_due(trainer):
-            written = self._save(trainer)
-            if ends and not written:
-                raise TrainingError(f"the run is over, but {self.folder / LAST} could not be written: see above")
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs or _is_last_step(trainer)
+        # a run that ends by max_steps in mid-epoch has its checkpoint from there, and so can go on with that epoch
+        if (ends and trainer.global_step > self._step) or self._is_due(trainer):
+            self._save(trainer)
+        if ends and not self._written:
+            raise TrainingError(f"the run is over, but {self.folder / LAST} could not be written: see above")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning raises it between two batches, in all processes at the same one
@@ -110,21 +110,20 @@ class Checkpoints(Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = trainer.global_step - self._step
-        if self.steps is not None and steps >= self.steps:
-            return True
+        if _is_last_step(trainer) or (self.steps is not None and steps >= self.steps):
+            return steps > 0
         if self.minutes is None or (trainer.world_size > 1 and steps % _STEPS_PER_LOOK):
             return False
         late = time.monotonic() - self._clock >= 60 * self.minutes
         return trainer.strategy.reduce_boolean_decision(late, all=False)
 
-    def _save(self, trainer: Trainer) -> bool:
+    def _save(self, trainer: Trainer) -> None:
         trainer.lightning_module.loss_watch.check()  # never overwrite good weights by spoilt ones
         if trainer.is_global_zero:
             _rotate(self.folder)  # where a kill came between a write and its rotation
         trainer.save_checkpoint(self.folder / NEXT, weights_only=False)
-        written = _rotate(self.folder) if trainer.is_global_zero else True
+        self._written = _rotate(self.folder) if trainer.is_global_zero else True
         self._clock, self._step = time.monotonic(), trainer.global_step
-        return written
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -168,6 +167,10 @@ def _rotate(folder: Path) -> bool:
     os.replace(folder / NEXT, folder / LAST)
     _sync_folder(folder)
     return True
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    return 0 < trainer.max_steps <= trainer.global_step
 
 
 def _step_is_complete(trainer: Trainer, batch_idx: int) -> bool:

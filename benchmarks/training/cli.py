@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..errors import TrainingError, UsageError
@@ -99,6 +100,12 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"{folder}: no checkpoint yet, a new run" if newest is None else f"Going on from {newest}")
             config.ckpt_path = None if newest is None else str(newest)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:  # an argument of a constructor that its type alone does not rule out
+            raise UsageError(str(error)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
@@ -141,6 +148,10 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException as error:
+            raise TrainingError(
+                f"asked to end (SIGTERM) at step {self.trainer.global_step}; the same command with --resume goes on"
+            ) from error
         except Exception as error:
             message = explain(error, self.datamodule.batch_size, self.trainer.default_root_dir)
             if message is None:
