@@ -44,6 +44,14 @@ TRANSFERS = [
     (1, 1024, None, (64, 64), (32, 32), "avg", "relu"),
     (2, 1, 3, (9, 9), (4, 4), "nearest", "none"),
 ]
+# batch, classes, size of the logits, size and type of the labels, reduction
+LOSSES = [
+    (8, 19, (128, 256), (512, 1024), torch.int64, "mean"),
+    (8, 60, (120, 120), (480, 480), torch.uint8, "none"),
+    (2, 150, (65, 33), (513, 257), torch.int32, "sum"),
+    (1, 2, (64, 64), (32, 32), torch.int64, "mean"),
+    (1, 11, (4, 3), (512, 1600), torch.int64, "mean"),
+]
 PYRAMIDS = [(8, 2048, (64, 128), (1, 2, 3, 6)), (1, 130, (33, 17), (1, 2, 3, 6, 8)), (2, 18, (9, 13), (20,))]
 
 
@@ -88,7 +96,13 @@ def map_of(*shape: int, dtype: torch.dtype, last: bool) -> torch.Tensor:
 
 def run_operators(dtype: torch.dtype, last: bool, quick: bool) -> None:
     """Every operator, forward and backward, on tensors without data: the launchers do all but launch."""
-    from gsto_ops.triton import affine_scale_transfer, gated_projection, gated_pyramid_pool, gated_scale_transfer
+    from gsto_ops.triton import (
+        affine_scale_transfer,
+        gated_projection,
+        gated_pyramid_pool,
+        gated_scale_transfer,
+        upsample_cross_entropy,
+    )
 
     new_map = partial(map_of, dtype=dtype, last=last)
     vector = partial(torch.empty, dtype=dtype, device="meta")
@@ -111,6 +125,12 @@ def run_operators(dtype: torch.dtype, last: bool, quick: bool) -> None:
         x, rho = new_map(batch, c, *hw), vector(len(bins), c, 1, 1)
         pooled, gate = gated_pyramid_pool.forward(x, rho, vector(len(bins)), bins)
         gated_pyramid_pool.backward(pooled, gate, x, gate, rho, bins)
+    for batch, c, hw, size, labels, reduction in LOSSES[: 1 if quick else None]:
+        x, target = new_map(batch, c, *hw), torch.empty((batch, *size), dtype=labels, device="meta")
+        options = (255, reduction, False)
+        weight = None if c % 4 else floats(c)
+        loss, logsumexp, mass = upsample_cross_entropy.forward(x, target, weight, *options)
+        upsample_cross_entropy.backward(loss, x, target, weight, logsumexp, mass, *options)
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -133,7 +153,7 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
     """Compiles what the operators would launch with maps of one dtype on a GPU of this architecture."""
     import triton
 
-    from gsto_ops.triton import configs, gate, product, pyramid, reduce, resample
+    from gsto_ops.triton import configs, gate, product, pyramid, reduce, resample, upsample_cross_entropy
 
     triton.runtime.driver.set_active(OfflineDriver(architecture))
     target = configs.Target(f"sm_{architecture}", MULTIPROCESSORS[architecture], "offline")
@@ -151,7 +171,7 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
                 kernel.__name__, flags, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"]
             )
 
-    for module in (gate, product, pyramid, reduce, resample):
+    for module in (gate, product, pyramid, reduce, resample, upsample_cross_entropy):
         module.launch = compile_only
     for last in (False, True):
         run_operators(dtype, last, quick)

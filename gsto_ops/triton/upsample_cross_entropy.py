@@ -19,9 +19,11 @@ from .taps import bilinear_taps, first_reader, indices
 LOWEST = tl.constexpr(-3e38)  # for a logit of -inf, which a weight of zero would turn into NaN
 FORWARD_WIDTH, FORWARD_WARPS = 256, 4  # with 4 rows 8 labels per thread
 BACKWARD_HEIGHT, BACKWARD_WARPS = 8, 4  # logit rows of a program: one more is computed, a cell above them
-WINDOW, LARGEST_WINDOW = 64, 256  # columns of labels that a program of the backward pass holds
-LOGITS = 16  # columns of logits that it makes: the least side of a matrix product
-CLASSES = 32  # that it makes; WINDOW x CLASSES floats are 16 registers of 128 threads, and there are five such tiles
+WINDOW, LARGEST_WINDOW = (
+    64,
+    128,
+)  # columns of labels that a program of the backward pass holds; of the larger one twice the warps
+CLASSES, LOGITS = 16, 16  # classes and columns of logits that it makes: the least sides of a matrix product
 
 
 @triton.jit
@@ -142,8 +144,9 @@ def cell_begin(cell, axis, ALIGN: tl.constexpr):
     return tl.where(cell <= 0, 0, tl.where(cell >= axis[0], axis[1], first))
 
 
-# Traffic: the logits, labels, log-sum-exp and gradient of the loss once for every CLASSES classes (from L2 after the first), and a
-# cell in BACKWARD_HEIGHT + 1 and in LOGITS again by the neighbour; the gradient once.
+# Traffic: the logits once; the labels, the log-sum-exp and the loss's gradient once for every CLASSES classes (from L2 after the
+# first); of these the cells between two programs twice, which is 1/8 of the rows and 1/15 of the columns at 4 labels per logit;
+# the gradient once.
 @triton.jit(do_not_specialize=["rows"])
 def upsample_cross_entropy_backward_kernel(
     source,
@@ -278,7 +281,7 @@ def rows_and_taps(axis: Axis, align_corners: bool) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def logits_and_window(axis: Axis, align_corners: bool) -> tuple[int, int, bool]:
-    """How many columns of logits a program makes, of how many columns of labels at a time, and whether that is not all of them."""
+    """How many columns of logits a program makes, of how many columns of labels at a time, and whether these are not all."""
     starts = _starts(axis, align_corners)
     begin = np.searchsorted(starts, np.arange(-1, axis[0] + 1))  # of cells -1 ... axis[0]
 
@@ -352,11 +355,10 @@ def backward(
     r = resampling((size[0], size[1]), (target.shape[1], target.shape[2]), "bilinear", align_corners, None, None)
     logits, window, windows = logits_and_window(r.cols, align_corners)
     height = 1 if windows else BACKWARD_HEIGHT
-    classes = CLASSES if channels > 16 and window <= WINDOW else 16
     grad_input = new_map(input, channels, size[0], size[1])
     launch(
         upsample_cross_entropy_backward_kernel,
-        images * ceil_div(size[0], height) * ceil_div(size[1], logits) * ceil_div(channels, classes),
+        images * ceil_div(size[0], height) * ceil_div(size[1], logits) * ceil_div(channels, CLASSES),
         input.device,
         input,
         target,
@@ -379,9 +381,9 @@ def backward(
         WIDE=is_wide(input, grad_input, *(m[:, None] for m in (target, logsumexp))),
         WINDOWS=windows,
         HEIGHT=height,
-        CLASSES=classes,
+        CLASSES=CLASSES,
         WINDOW=window,
         LOGITS=LOGITS,
-        num_warps=BACKWARD_WARPS,
+        num_warps=BACKWARD_WARPS if window <= WINDOW else 2 * BACKWARD_WARPS,
     )
     return grad_input

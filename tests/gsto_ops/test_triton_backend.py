@@ -20,12 +20,14 @@ rho, b = torch.randn(1, 18, 1, 1) / 4, torch.randn(1)
 w, c = torch.randn(20, 18, 1, 1) / 4, torch.randn(20)
 scale, shift = torch.randn(18), torch.randn(18)
 gates = torch.randn(2, 18, 1, 1) / 4
+target = torch.randint(0, 18, (2, 9, 7))
 calls = {
     "gated_scale_transfer": (
         lambda *t: gsto_ops.gated_scale_transfer(*t, activation="relu", size=(9, 7), return_gate=True), (x, rho, b, w, c)),
     "gated_projection": (gsto_ops.gated_projection, (x, rho, b, w)),
     "affine_scale_transfer": (lambda *t: (gsto_ops.affine_scale_transfer(*t, size=(2, 3), mode="avg"),), (x, scale, shift)),
     "gated_pyramid_pool": (lambda *t: (*gsto_ops.gated_pyramid_pool(*t, bins=[1, 3])[0],), (x, gates)),
+    "upsample_cross_entropy": (lambda x: (gsto_ops.upsample_cross_entropy(x, target),), (x,)),
 }
 launched = []
 for name, (function, operands) in calls.items():
@@ -57,8 +59,5 @@ def test_public_functions_on_triton_equal_the_reference():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        word
-        for name in ("gated_scale_transfer", "gated_projection", "affine_scale_transfer", "gated_pyramid_pool")
-        for word in (name, "equal")
-    ]
+    names = "gated_scale_transfer gated_projection affine_scale_transfer gated_pyramid_pool upsample_cross_entropy"
+    assert done.stdout.split() == [word for name in names.split() for word in (name, "equal")]
