@@ -9,6 +9,7 @@ import numpy as np
 
 from .datasets import DataError, Found, Pair, decode_label, label_table
 from .folders import FolderData
+from .metrics import Instances
 from .protocol import MULTI_SCALE, Protocol, by_name
 
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the classes 0 to 18
@@ -90,7 +91,6 @@ class CityscapesData(FolderData):
     )
     splits: ClassVar = {"train": 2975, "val": 500, "test": 1525}
     table = label_table(LABEL_IDS, ignored=sorted(set(range(34)) - set(LABEL_IDS)))
-    instance_sizes = INSTANCE_SIZES
     protocols = by_name(
         Protocol(),
         Protocol(flip=True),
@@ -124,13 +124,14 @@ class CityscapesData(FolderData):
             found.problems.extend(f"{file} has no image of its name in {images}" for file in lost)
         return found
 
-    def instance_ids(self, pair: Pair) -> np.ndarray:
-        """The instance ids (H, W) uint16 of a labelled sample: label id * 1000 + number; ids below 1000 are no instances.
+    def instances(self) -> Instances:
+        labels = {pair.name: pair.label for pair in self.val_set.pairs}
 
-        Raises:
-            DataError: the file is missing or cannot be read.
-        """
-        return decode_label(pair.label.with_name(pair.label.name.replace(_LABEL, _INSTANCES)), np.uint16)
+        def ids(name: str) -> np.ndarray:
+            label = labels[name]
+            return decode_label(label.with_name(label.name.replace(_LABEL, _INSTANCES)), np.uint16)
+
+        return Instances(ids, INSTANCE_SIZES, LABEL_IDS)
 
     def prediction_name(self, name: str) -> str:
         """As the benchmark's server finds it: <city>_<sequence>_<frame>_labelIds.png."""

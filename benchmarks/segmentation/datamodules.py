@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from ..training import TrainingData
 from . import scenes
 from .datasets import DataError, ScenesDataset, SegmentationDataset
+from .metrics import Instances
 from .protocol import MULTI_SCALE, Protocol, by_name
 from .transforms import normalize
 
@@ -46,6 +47,7 @@ class SegmentationData(TrainingData):
     train_set: SegmentationDataset
     val_set: SegmentationDataset
     test_set: SegmentationDataset
+    predict_set: SegmentationDataset
 
     @abstractmethod
     def make_train_set(self) -> SegmentationDataset: ...
@@ -57,9 +59,17 @@ class SegmentationData(TrainingData):
         """The set of `gsto test`; data sets without one raise a DataError."""
         raise DataError(f"{type(self).__name__} has no test set: use gsto validate")
 
+    def make_predict_set(self) -> SegmentationDataset:
+        """The images of `gsto predict`; data sets that do not take any raise a DataError."""
+        raise DataError(f"{type(self).__name__} does not predict images of yours: use gsto visualize")
+
     @property
     def label_values(self) -> Sequence[int]:
         return range(self.num_classes)
+
+    def instances(self) -> Instances | None:
+        """The instances of the validation set's samples, for iIoU; None where there are none."""
+        return None
 
     def prediction_name(self, name: str) -> str:
         """Name, relative to a folder of predictions, of the label PNG predicted for the sample `name`."""
@@ -75,6 +85,8 @@ class SegmentationData(TrainingData):
         super().setup(stage)
         if stage == "test":
             self.test_set = self.make_test_set()
+        if stage == "predict":
+            self.predict_set = self.make_predict_set()
 
     def on_after_batch_transfer(self, batch: tuple, dataloader_idx: int = 0) -> tuple:
         images, labels, names = batch
@@ -86,6 +98,9 @@ class SegmentationData(TrainingData):
 
     def test_dataloader(self) -> DataLoader:
         return self.evaluation_loader(self.test_set, collate)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.evaluation_loader(self.predict_set, collate)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor | list[Tensor], list[str]]:

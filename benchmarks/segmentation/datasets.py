@@ -167,11 +167,16 @@ def files_by_stem(folder: Path) -> dict[str, Path]:
     """The image files of a folder: name without suffix -> file.
 
     Raises:
-        DataError: the folder is missing or has no images.
+        DataError: the folder is missing or has no images, or two of one name.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.stem in files:
+                raise DataError(f"{files[file.stem]} and {file} have one name: which of them is meant?")
+            files[file.stem] = file
     if not files:
         raise DataError(f"{folder}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
     return files

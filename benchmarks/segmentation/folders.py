@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .datamodules import SegmentationData
-from .datasets import DataError, Found, Pair, PairDataset
+from .datasets import DataError, Found, Pair, PairDataset, files_by_stem
 from .transforms import EvalTransform, TrainTransform
 from .verification import check
 
@@ -26,6 +26,7 @@ class FolderData(SegmentationData):
             several are joined by +, as in train+val.
         lists: folder of the files `<split>.lst`, which then say what belongs to a split: lines of an image and a label file
             relative to `root` (the label may be missing in a test split). None: all files of the layout.
+        images: folder of images of any kind and size, for `gsto predict`.
 
     Attributes:
         splits: the published number of images of every split.
@@ -55,10 +56,12 @@ class FolderData(SegmentationData):
         val_split: str = "val",
         test_split: str = "test",
         lists: str | None = None,
+        images: str | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers)
         self.root = Path(root)
         self.lists = None if lists is None else Path(lists)
+        self.images = None if images is None else Path(images)
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.augment = TrainTransform(crop_size, base_size, scale_steps, squash=self.squash, flip_pairs=self.flip_pairs)
         self.plain = EvalTransform(self.squash)
@@ -95,6 +98,11 @@ class FolderData(SegmentationData):
 
     def make_test_set(self) -> PairDataset:
         return self._checked(self.test_split)
+
+    def make_predict_set(self) -> PairDataset:
+        if self.images is None:
+            raise DataError("gsto predict needs --data.images FOLDER: the images to predict")
+        return self.dataset([Pair(file, None, file.name) for file in files_by_stem(self.images).values()])
 
     def _checked(self, names: str) -> PairDataset:
         dataset = self.open_split(names)

@@ -41,25 +41,51 @@ def spread(count: int, dataset: SegmentationDataset) -> list[int]:
     return np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
 
 
-@torch.inference_mode()
+def overlay(image: np.ndarray, classes: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Classes (H, W) laid over an image (H, W, 3) uint8; ignored pixels stay plain."""
+    mixed = cv2.addWeighted(image, 0.35, colorize(classes, palette), 0.65, 0)
+    return np.where((classes == IGNORE)[..., None], image, mixed)
+
+
+def comparison(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: Sequence) -> np.ndarray:
+    """image | truth | prediction, the latter two laid over the image; without any truth image | prediction."""
+    if (label == IGNORE).all():
+        return np.hstack([image, overlay(image, prediction, palette)])
+    prediction = np.where(label == IGNORE, np.uint8(IGNORE), prediction)
+    return np.hstack([image, overlay(image, label, palette), overlay(image, prediction, palette)])
+
+
 def save_predictions(
     file: Path, task: SegmentationTask, dataset: SegmentationDataset, palette: Sequence, count: int = 6
 ) -> None:
-    """Rows of image | truth | prediction, the latter two laid over the image; pixels without truth stay plain."""
-    task.eval()
+    """Rows of image | truth | prediction; see `comparison`."""
     rows = []
     for index in spread(count, dataset):
         image, label, _ = dataset.read(index)
         prediction = task.predict_labels(sample_batch(task, dataset, index), label.shape)[0].cpu().numpy()
-        row = [image]
-        for classes in (label, prediction.astype(np.uint8)):
-            overlay = (0.35 * image + 0.65 * colorize(classes, palette)).astype(np.uint8)
-            row.append(np.where((label == IGNORE)[..., None], image, overlay))
+        row = comparison(image, label, prediction.astype(np.uint8), palette)
         zoom = max(1, 400 // image.shape[1])  # small scenes are enlarged
-        rows.append(np.hstack(row).repeat(zoom, 0).repeat(zoom, 1))
+        rows.append(row.repeat(zoom, 0).repeat(zoom, 1))
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-    _write_png(file, np.vstack(rows))
+    write_png(file, np.vstack(rows))
+
+
+def save_confusion(file: Path, confusion: Tensor, names: Sequence[str]) -> None:
+    """The confusion matrix (C, C): which share of every class' pixels (row) was taken for which class (column), in percent."""
+    counts = confusion.double()
+    shares = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    side = 2.2 + 0.32 * len(names)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.argwhere(shares >= 0.5):
+        value = shares[row, column]
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white" if value > 60 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set(xlabel="prediction", ylabel="truth")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
 
 
 def save_curves(file: Path, losses: Sequence[float], evaluations: Sequence[dict[str, float]], baseline: float) -> None:
@@ -118,6 +144,9 @@ def save_gates(
     plt.close(figure)
 
 
-def _write_png(file: Path, pixels: np.ndarray) -> None:
-    encoded = cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1]
-    encoded.tofile(file)
+def write_png(file: Path, pixels: np.ndarray) -> None:
+    """Write an image (H, W, 3) RGB or a label (H, W), uint8; folders are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if pixels.ndim == 3:
+        pixels = np.ascontiguousarray(pixels[..., ::-1])
+    cv2.imencode(".png", pixels)[1].tofile(file)
