@@ -20,6 +20,8 @@ COMMANDS = {
     "prepare": "make a data set ready for training: convert it, list its files, check them",
     "verify": "check a data set file by file",
     "validate": "evaluate: gsto validate -c CONFIG --ckpt_path FILE [--key value ...]",
+    "test": "predict a test set, as files to submit: gsto test -c CONFIG --ckpt_path FILE [--key value ...]",
+    "predict": "predict a folder of images: gsto predict -c CONFIG --ckpt_path FILE --data.images FOLDER",
     "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
     "info": "what is built, what will run here, and why",

@@ -100,9 +100,9 @@ def run_demo(options: DemoOptions) -> dict[str, float]:
 def _print_results(options: DemoOptions, task: SegmentationTask, data: ScenesData, report: RunReport) -> None:
     final, base = report.evaluations[-1], report.baseline
     print("\nIoU on held-out scenes")
-    for name, iou in zip(data.class_names, task.val_class_iou, strict=True):
+    for name, iou in zip(data.class_names, task.results["ss"].iou, strict=True):
         print(f"  {name:<14}{iou:6.3f}")
-    print(f"  {'mean':<14}{final['val/mIoU_ss']:6.3f}   (best constant prediction: {base['mIoU_ss']:.3f})")
+    print(f"  {'mean':<14}{final['val/mIoU_ss']:6.3f}   (best constant prediction: {base['mIoU']:.3f})")
     print(f"Trained and evaluated in {report.seconds:.0f} s. Results:")
     files = {
         "checkpoint.ckpt": "the trained network",

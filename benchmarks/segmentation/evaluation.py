@@ -22,7 +22,7 @@ from .transforms import IGNORE
 Predictions = dict[str, list[Tensor]]  # protocol's name -> class map (H, W) uint8 of every image of a batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationOptions:
     """How `gsto validate`, `test` and `predict` evaluate; see `Protocol` for what the protocols are.
 

@@ -112,7 +112,9 @@ class InstanceIoU(Metric):
         classes, found, size = classes[kept], found[kept], size[kept].double()
         weight = self.mean_size[classes] / size
         self.hits += torch.zeros_like(self.mean_size).index_add_(0, classes, found * weight).to(self.hits.device)
-        self.misses += torch.zeros_like(self.mean_size).index_add_(0, classes, (size - found) * weight).to(self.hits.device)
+        self.misses += (
+            torch.zeros_like(self.mean_size).index_add_(0, classes, (size - found) * weight).to(self.hits.device)
+        )
 
     def compute(self) -> Tensor:
         """Sums over the set: (2, C) float64, weighted true positives and false negatives; see `class_iou`."""

@@ -55,15 +55,17 @@ def comparison(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, pal
     return np.hstack([image, overlay(image, label, palette), overlay(image, prediction, palette)])
 
 
+@torch.inference_mode()
 def save_predictions(
     file: Path, task: SegmentationTask, dataset: SegmentationDataset, palette: Sequence, count: int = 6
 ) -> None:
     """Rows of image | truth | prediction; see `comparison`."""
+    task.eval()
     rows = []
     for index in spread(count, dataset):
         image, label, _ = dataset.read(index)
-        prediction = task.predict_labels(sample_batch(task, dataset, index), label.shape)[0].cpu().numpy()
-        row = comparison(image, label, prediction.astype(np.uint8), palette)
+        (prediction,) = task.predict_labels(sample_batch(task, dataset, index), [label.shape])
+        row = comparison(image, label, prediction.cpu().numpy().astype(np.uint8), palette)
         zoom = max(1, 400 // image.shape[1])  # small scenes are enlarged
         rows.append(row.repeat(zoom, 0).repeat(zoom, 1))
     width = max(row.shape[1] for row in rows)
@@ -80,7 +82,9 @@ def save_confusion(file: Path, confusion: Tensor, names: Sequence[str]) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     for row, column in np.argwhere(shares >= 0.5):
         value = shares[row, column]
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white" if value > 60 else "black")
+        axes.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white" if value > 60 else "black"
+        )
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set(xlabel="prediction", ylabel="truth")

@@ -14,27 +14,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from .datamodules import SegmentationData
-from .datasets import SegmentationDataset
-from .metrics import summarize
+from .metrics import constant_prediction
 from .pictures import save_curves, save_predictions
 from .task import SegmentationTask
-from .transforms import IGNORE
-
-
-def constant_prediction(dataset: SegmentationDataset, num_classes: int) -> dict[str, Any]:
-    """The figures of predicting one class everywhere: the class (index) with the best mIoU, its mIoU and accuracy."""
-    counts = np.zeros(256, np.int64)
-    for index in range(len(dataset)):
-        counts += np.bincount(dataset.read(index)[1].ravel(), minlength=256)
-    counts[IGNORE] = 0
-    best = {"class": 0, "mIoU_ss": -1.0, "pixel_acc": 0.0}
-    for guess in range(num_classes):
-        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        confusion[:, guess] = torch.from_numpy(counts[:num_classes])
-        figures = summarize(confusion)
-        if figures["mIoU_ss"] > best["mIoU_ss"]:
-            best = {"class": guess, "mIoU_ss": figures["mIoU_ss"], "pixel_acc": figures["pixel_acc"]}
-    return best
 
 
 class RunReport(Callback):
@@ -65,10 +47,6 @@ class RunReport(Callback):
             self.losses += torch.stack(self._pending).tolist()
             self._pending.clear()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
-        data: SegmentationData = trainer.datamodule
-        self.baseline = constant_prediction(data.val_set, data.num_classes)
-
     def on_train_start(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
         self._clock = time.perf_counter()
 
@@ -88,7 +66,7 @@ class RunReport(Callback):
         pl_module.print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step}  "
             f"loss {evaluation['train/loss']:.3f}  mIoU {figures['val/mIoU_ss']:.3f}  "
-            f"pixel accuracy {figures['val/pixel_acc']:.3f}  {self.seconds:.0f} s"
+            f"pixel accuracy {figures['val/pixel_acc_ss']:.3f}  {self.seconds:.0f} s"
         )
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
@@ -100,10 +78,11 @@ class RunReport(Callback):
 
     def _write(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
         data: SegmentationData = trainer.datamodule
+        result = pl_module.results["ss"]
         iou = {
-            name: None if math.isnan(value) else value
-            for name, value in zip(data.class_names, pl_module.val_class_iou, strict=True)
+            name: None if math.isnan(value) else value for name, value in zip(data.class_names, result.iou, strict=True)
         }
+        self.baseline = constant_prediction(result.confusion)
         report = {
             "final": self.evaluations[-1],
             "best": max(self.evaluations, key=lambda evaluation: evaluation["val/mIoU_ss"]),
@@ -120,4 +99,4 @@ class RunReport(Callback):
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        save_curves(self.folder / "curves.png", self.losses, self.evaluations, self.baseline["mIoU_ss"])
+        save_curves(self.folder / "curves.png", self.losses, self.evaluations, self.baseline["mIoU"])

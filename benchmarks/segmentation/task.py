@@ -9,21 +9,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 import gsto_models
-import gsto_ops
 
 from ..training import TrainingTask
+from .evaluation import EvaluationOptions, Evaluator, Predictions, Result, make_evaluator
+from .inference import predict
 from .loss import HardPixels, segmentation_loss
-from .metrics import class_iou, summarize
-from .transforms import IGNORE
+from .protocol import Protocol, by_name
 
 Batch = tuple[Tensor, Tensor, Sequence[str]]
 
 
 class SegmentationTask(TrainingTask):
-    """Trains a network of `gsto_models` for segmentation, and evaluates it by one confusion matrix over the set.
+    """Trains a network of `gsto_models` for segmentation, and evaluates it by one confusion matrix over a set.
 
     Args:
         num_classes: number of classes.
@@ -39,10 +38,12 @@ class SegmentationTask(TrainingTask):
         ohem_threshold: online hard example mining in the main output: only pixels whose true class has a probability below
             it (0.9 in HRNet's recipes) count, but at least `ohem_min_kept` of each batch. None for all pixels.
         ohem_min_kept: pixels.
+        evaluation: how it is evaluated.
         options: further options of `gsto_models.create_model`, for example {output_stride: 16, gate: supervised}.
         **training: how it is trained; see `TrainingTask`.
 
-    Metrics: `train/loss`, `train/lr`; `val/mIoU_ss`, `val/mIoU_ss_absent_as_zero`, `val/pixel_acc`, `val/mean_acc`.
+    Metrics: `train/loss`, `train/lr`; for every protocol, such as ss, `val/mIoU_ss`, `val/mIoU_ss_absent_as_zero`,
+    `val/pixel_acc_ss`, `val/mean_acc_ss`, for Cityscapes also `val/iIoU_ss`; `test/...` of a test set with labels.
 
     Raises:
         ValueError: what `TrainingTask`, `HardPixels` or `create_model` rejects; class weights that are too few or not positive.
@@ -65,11 +66,12 @@ class SegmentationTask(TrainingTask):
         class_weights: list[float] | None = None,
         ohem_threshold: float | None = None,
         ohem_min_kept: int = 131_072,
+        evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008 - frozen
         options: dict[str, Any] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="evaluation")
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) <= 0):
             raise ValueError(f"class_weights must be {num_classes} numbers > 0, got {class_weights}")
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -85,31 +87,51 @@ class SegmentationTask(TrainingTask):
         }
         given = {option: value for option, value in given.items() if value is not None} | (options or {})
         self.use(gsto_models.create_model(name, num_classes=num_classes, pretrained=pretrained, **given))
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False)
-        self.val_class_iou: list[float] = []  # of the latest evaluation; NaN for an absent class
+        self.evaluation = evaluation
+        self.evaluator = Evaluator(num_classes, by_name(Protocol()))  # until `setup` knows the data set
+        self.results: dict[str, Result] = {}  # of the latest evaluation, by protocol
 
     def make_reports(self, folder: Path) -> list[Callback]:
         from .report import RunReport  # report.py is about this task, and imports it
 
         return [RunReport(folder)]
 
+    def make_evaluation_reports(self, folder: Path) -> list[Callback]:
+        from .evaluation_report import EvaluationReport
+
+        return [EvaluationReport(Path(self.evaluation.out or folder), self.evaluation.overlays)]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.evaluator = make_evaluator(self.trainer.datamodule, self.evaluation, stage)
+
     def training_loss(self, batch: Batch) -> Tensor:
         images, labels, _ = batch
         return segmentation_loss(self(images), labels, self.loss_weights, self.class_weights, self.hard_pixels)
 
-    def predict_labels(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """The most likely class (N, H, W) int64 of every pixel, at `size` = (H, W); the task must be in eval mode."""
-        logits = self(images).float()
-        with torch.autocast(images.device.type, enabled=False):
-            return gsto_ops.scale_transfer(logits, size=tuple(size)).argmax(1)
+    def predict_labels(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Class maps (H, W) int64 of these sizes by the first of the evaluation's protocols; the task must be in eval mode."""
+        protocol = next(iter(self.evaluator.protocols.values()))
+        return predict(self, images, sizes, protocol, self.evaluator.flip_pairs)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, _ = batch
-        self.confusion.update(self.predict_labels(images, labels.shape[-2:]), labels)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Predictions:
+        return self.evaluator.update(self, *batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Predictions:
+        return self.evaluator.update(self, *batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Predictions:
+        return self.evaluator.update(self, *batch)
 
     def on_validation_epoch_end(self) -> None:
-        confusion = self.confusion.compute()
-        self.confusion.reset()
-        self.val_class_iou = class_iou(confusion).tolist()
-        figures = {f"val/{name}": value for name, value in summarize(confusion).items()}
-        self.log_dict(figures, sync_dist=True)  # equal in all processes: the matrix was summed over them
+        self._finish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation("test")
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        self.results = self.evaluator.compute()
+        for result in self.results.values():
+            if result.confusion.any():  # a test set without labels has no figures
+                # equal in all processes: what they come from was summed over them
+                self.log_dict({f"{prefix}/{name}": value for name, value in result.figures.items()}, sync_dist=True)

@@ -1,4 +1,4 @@
-"""`gsto fit` and `gsto validate`: LightningCLI with a run folder that a run can be continued from."""
+"""`gsto fit`, `validate`, `test` and `predict`: LightningCLI with a run folder that a run can be continued from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test", "predict")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -77,6 +77,8 @@ class TrainingCLI(LightningCLI):
             self._choose_checkpoint(config)
         elif config.ckpt_path is None:
             raise UsageError(f"{self.subcommand} needs --ckpt_path FILE: the checkpoint to evaluate")
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written image by image, and not kept
         if config.ckpt_path is None:
             return
         if not Path(config.ckpt_path).is_file():
@@ -123,6 +125,7 @@ class TrainingCLI(LightningCLI):
                 logger = [MetricsTable(folder), TensorBoardLogger(folder, "tensorboard", version="")]
         else:
             self.save_config_callback = None  # evaluating must not change the record of the training run
+            callbacks += self.model.make_evaluation_reports(folder / self.subcommand)
             logger = False
         trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, plugins=plugins, **kwargs)
         if self.subcommand == "fit" and config.global_batch_size is not None:
@@ -165,7 +168,7 @@ class TrainingCLI(LightningCLI):
 
 
 def run_cli(args: Sequence[str]) -> None:
-    """Run `fit` or `validate` with these command-line arguments."""
+    """Run `fit`, `validate`, `test` or `predict` with these command-line arguments."""
     quieten()
     exact = {"allow_abbrev": False}
     TrainingCLI(
@@ -183,6 +186,6 @@ def run_cli(args: Sequence[str]) -> None:
             "enable_model_summary": False,
             "use_distributed_sampler": False,  # the loaders share the data among the processes by themselves
         },
-        parser_kwargs={"prog": "gsto", **exact, "fit": exact, "validate": exact},
+        parser_kwargs={"prog": "gsto", **exact, **dict.fromkeys(TrainingCLI.subcommands(), exact)},
         args=args,
     )

@@ -84,6 +84,10 @@ class TrainingTask(LightningModule, ABC):
     def make_reports(self, folder: Path) -> list[Callback]:
         """What writes the run's results into its folder."""
 
+    def make_evaluation_reports(self, folder: Path) -> list[Callback]:
+        """What writes the results of `gsto validate`, `gsto test` and `gsto predict` into a folder of their own."""
+        return []
+
     def forward(self, images: Tensor) -> Any:
         return self.network(images.contiguous(memory_format=self.memory_format))
 

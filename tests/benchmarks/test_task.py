@@ -30,17 +30,17 @@ def test_figures_against_numpy():
     for k in range(6):
         truth, guess = label == k, prediction == k
         ious.append((truth & guess).sum() / (truth | guess).sum() if (truth | guess).any() else np.nan)
-    figures = summarize(torch.from_numpy(confusion))
+    figures = summarize(torch.from_numpy(confusion), "ss")
     np.testing.assert_allclose(class_iou(torch.from_numpy(confusion)).numpy(), ious)
     assert figures["mIoU_ss"] == pytest.approx(np.mean(ious[:5]))
     assert figures["mIoU_ss_absent_as_zero"] == pytest.approx(np.sum(ious[:5]) / 6)
-    assert figures["pixel_acc"] == pytest.approx((label == prediction).mean())
+    assert figures["pixel_acc_ss"] == pytest.approx((label == prediction).mean())
     recalls = [(prediction[label == k] == k).mean() for k in (0, 1, 2, 4)]
-    assert figures["mean_acc"] == pytest.approx(np.mean(recalls))
+    assert figures["mean_acc_ss"] == pytest.approx(np.mean(recalls))
 
 
 def test_figures_without_labelled_pixels_are_zero():
-    assert set(summarize(torch.zeros(3, 3, dtype=torch.int64)).values()) == {0.0}
+    assert set(summarize(torch.zeros(3, 3, dtype=torch.int64), "ss").values()) == {0.0}
 
 
 def test_task_counts_the_whole_set_in_one_matrix():
@@ -59,10 +59,10 @@ def test_task_counts_the_whole_set_in_one_matrix():
             logits = F.interpolate(task.network(images), size=(40, 56), mode="bilinear", align_corners=False)
         confusion += numpy_confusion(logits.argmax(1).numpy(), labels.numpy(), 4)
     task.on_validation_epoch_end()
-    expected = summarize(torch.from_numpy(confusion))
+    expected = summarize(torch.from_numpy(confusion), "ss")
     # argmax may turn at ties within rounding, hence the tolerance of a few pixels
     assert logged == pytest.approx({f"val/{name}": value for name, value in expected.items()}, abs=2e-3)
-    assert len(task.val_class_iou) == 4
+    assert len(task.results["ss"].iou) == 4
 
 
 @pytest.mark.parametrize("class_weights", [None, [1.0, 2.0, 0.5, 1.0, 4.0]])
