@@ -38,45 +38,46 @@ def predict(
     scores: list[Tensor] = []
     for scale in protocol.scales:
         logits = _logits(network, images, scale, protocol, flip_pairs)
-        with torch.autocast(images.device.type, enabled=False):
-            for index, size in enumerate(sizes):  # one by one: labels differ in size, and full-size logits are large
-                full = gsto_ops.scale_transfer(logits[index : index + 1], size=tuple(size))[0]
-                if len(protocol.scales) > 1:
-                    full = full.softmax(0) if protocol.fuse == "softmax" else full.exp_()
-                if len(scores) == index:
-                    scores.append(full)
-                else:
-                    scores[index] += full
+        for index, size in enumerate(sizes):  # one by one: labels differ in size, and full-size logits are large
+            full = gsto_ops.scale_transfer(logits[index : index + 1], size=tuple(size))[0]
+            if len(protocol.scales) > 1:
+                full = full.softmax(0) if protocol.fuse == "softmax" else full.exp()
+            if len(scores) == index:
+                scores.append(full)
+            else:
+                scores[index] += full
     return [score.argmax(0) for score in scores]
 
 
 def _logits(
     network: Network, images: Tensor, scale: float, protocol: Protocol, flip_pairs: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Float32 logits of the scaled images: at the network's output size, or put together from windows, at the scaled size."""
+    """Float32 logits of the scaled images: at the network's output size, or put together from windows, at the scaled size.
+
+    Autocast touches the network only: everything else here keeps float32 under it.
+    """
     height, width = images.shape[-2:]
     if protocol.long_side is not None:
         size = scaled_size((height, width), int(protocol.long_side * scale + 0.5))
     else:
         size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-    with torch.autocast(images.device.type, enabled=False):
-        if size != (height, width):
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        if protocol.window is None or scale <= protocol.window_above:
-            return _flipped_mean(network, images, protocol.flip, flip_pairs)
-        window, stride = protocol.window, protocol.stride or protocol.window
-        bottom, right = (max(0, want - have) for want, have in zip(window, size, strict=True))
-        images = F.pad(images, (0, right, 0, bottom))
-        total, count = None, torch.zeros(1, 1, *images.shape[-2:], device=images.device)
-        for top in window_starts(images.shape[-2], window[0], stride[0]):
-            for left in window_starts(images.shape[-1], window[1], stride[1]):
-                place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-                logits = _flipped_mean(network, images[place], protocol.flip, flip_pairs)
-                if total is None:
-                    total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
-                total[place] += gsto_ops.scale_transfer(logits, size=window)
-                count[place] += 1
-        return (total / count)[..., : size[0], : size[1]]
+    if size != (height, width):
+        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    if protocol.window is None or scale <= protocol.window_above:
+        return _flipped_mean(network, images, protocol.flip, flip_pairs)
+    window, stride = protocol.window, protocol.stride or protocol.window
+    bottom, right = (max(0, want - have) for want, have in zip(window, size, strict=True))
+    images = F.pad(images, (0, right, 0, bottom))
+    total, count = None, torch.zeros(1, 1, *images.shape[-2:], device=images.device)
+    for top in window_starts(images.shape[-2], window[0], stride[0]):
+        for left in window_starts(images.shape[-1], window[1], stride[1]):
+            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = _flipped_mean(network, images[place], protocol.flip, flip_pairs)
+            if total is None:
+                total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
+            total[place] += gsto_ops.scale_transfer(logits, size=window)
+            count[place] += 1
+    return (total / count)[..., : size[0], : size[1]]
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

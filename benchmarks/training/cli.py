@@ -111,7 +111,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
-        callbacks = [Progress(), *(config.trainer.callbacks or [])]
+        callbacks = [] if config.trainer.enable_progress_bar is False else [Progress()]
+        callbacks += config.trainer.callbacks or []
         plugins = config.trainer.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         logger = config.trainer.logger

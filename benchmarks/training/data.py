@@ -83,7 +83,9 @@ class TrainingData(LightningDataModule, ABC):
     def evaluation_loader(self, dataset: Dataset, collate: Callable[[list], Any] = default_collate) -> DataLoader:
         """Each sample once, in one of the processes."""
         sampler = ShardSampler(len(dataset), **self.share())
-        return DataLoader(dataset, self.val_batch_size, sampler=sampler, collate_fn=collate, **self._options())
+        return DataLoader(
+            dataset, batch_size=self.val_batch_size, sampler=sampler, collate_fn=collate, **self._options()
+        )
 
     def share(self) -> dict[str, int]:
         """This process among those of the run: rank and world_size."""

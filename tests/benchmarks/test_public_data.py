@@ -254,7 +254,7 @@ def test_real_cityscapes_files(data_root):
     own = cv2.imread(str(folder / "frankfurt_000000_000294_gtFine_labelTrainIds.png"), cv2.IMREAD_UNCHANGED)
     assert (label.numpy() != own).sum() == 77  # the two files were resized independently
     assert set(label.unique().tolist()) <= {*range(19), IGNORE}
-    instances = data.instance_ids(data.val_set.pairs[0])
+    instances = data.instances().ids(name)
     assert instances.dtype == np.uint16 and instances.max() > 1000
 
 
