@@ -43,12 +43,11 @@ inline void check_map(const char* op, const Tensor& input) {
 inline void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape,
                         const Tensor& input) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; d < shape.size(); ++d) same = same && tensor.size(static_cast<int64_t>(d)) == shape[d];
+  if (same) return;
   std::string wanted;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    same = same && tensor.size(static_cast<int64_t>(d)) == shape[d];
-    wanted += (d ? ", " : "") + std::to_string(shape[d]);
-  }
-  STD_TORCH_CHECK(same, "gsto_ops::", op, ": ", argument, " must have shape (", wanted, ") for input of shape ",
+  for (size_t d = 0; d < shape.size(); ++d) wanted += (d ? ", " : "") + std::to_string(shape[d]);
+  STD_TORCH_CHECK(false, "gsto_ops::", op, ": ", argument, " must have shape (", wanted, ") for input of shape ",
                   shape_of(input), ", got ", shape_of(tensor));
 }
 

@@ -1,7 +1,8 @@
 """Which implementation runs a call, and why: ``available_backends``, ``use_backend``, ``report``.
 
 Backends: ``cuda`` and ``cpu`` (the compiled CUDA and C++ kernels), ``triton`` (kernels that Triton compiles at the first
-call), ``reference`` (plain PyTorch, any device). ``auto`` takes the first one that can run the call.
+call), ``reference`` (plain PyTorch, any device). ``auto`` takes the first one that can run the call; where that is the
+reference because of this machine or install, it says so once.
 """
 
 import importlib
@@ -9,6 +10,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
+import sysconfig
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +27,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
+TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm")
 MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions
 
@@ -65,19 +70,34 @@ def _why_not_gpu(index: int | None) -> str | None:
 _why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _find_triton() -> str | None:
     """The reason for which the Triton kernels cannot run in this environment, or None when they can."""
-    try:
-        installed = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    found = [d.version for name in TRITON_PACKAGES for d in importlib.metadata.distributions(name=name)]
+    if not found:
         return "triton is not installed"
-    if tuple(int(part) for part in installed.split(".")[:2]) < MIN_TRITON:
-        return f"triton {installed} is older than {'.'.join(str(n) for n in MIN_TRITON)}"
+    version = re.match(r"(\d+)\.(\d+)", found[0])
+    if version is None or tuple(map(int, version.groups())) < MIN_TRITON:
+        return f"triton {found[0]} is older than {'.'.join(str(n) for n in MIN_TRITON)}"
+    return None if _INTERPRETED else _why_no_launcher()
+
+
+def _why_no_launcher() -> str | None:
+    """Triton compiles the code that launches a kernel, in C; what it needs for that and does not find."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler: neither gcc nor clang is on PATH, and CC is not set"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not Path(include, "Python.h").exists():
+        return (
+            f"triton needs Python's C headers: {include}/Python.h does not exist (a package such as python3-dev has it)"
+        )
     return None
 
 
 _no_triton = _find_triton()
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = {"cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda", "cpu": "cpu"}
 
 
@@ -144,8 +164,32 @@ class use_backend:
         _selected = self.previous
 
 
+# What ``select`` has found. The reasons why a backend cannot take a call do not change while a process lives.
+_found: dict[tuple[str, torch.device, torch.dtype], str] = {}
+
+
 def select(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for a call on tensors of this device and dtype. RuntimeError when the chosen one cannot take it."""
+    """The backend for a call on tensors of this device and dtype. RuntimeError when the chosen one cannot take it.
+
+    While ``torch.export`` traces, ``auto`` is the reference: the exported program consists of PyTorch's own operators. One
+    that is chosen by name stays, as an operator that the program needs this package for.
+    """
+    if torch.compiler.is_compiling():
+        return "reference" if _selected == "auto" and torch.compiler.is_exporting() else _select(device, dtype)
+    key = (_selected, device, dtype)
+    found = _found.get(key)
+    if found is None:
+        found = _found[key] = _select(device, dtype)
+        if found == "reference" and _selected == "auto" and (reasons := _reasons(device, dtype)):
+            warnings.warn(
+                f"gsto_ops: {device.type} tensors run on the plain PyTorch reference, which is slower than the kernels: "
+                f"{'; '.join(reasons)}. GSTO_BACKEND=reference chooses it without this warning.",
+                stacklevel=2,
+            )
+    return found
+
+
+def _select(device: torch.device, dtype: torch.dtype) -> str:
     if _selected == "auto":
         # Triton's interpreter is for tests: it runs only where it is asked for by name.
         usable = (
@@ -155,6 +199,12 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     if reason := why_not_call(_selected, device, dtype):
         raise RuntimeError(f"backend {_selected!r} was asked for but cannot take this call: {reason}")
     return _selected
+
+
+def _reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the kernels that are made for this device and dtype do not run here."""
+    made = [b for b in BACKENDS[:-1] if DEVICES[b] == device.type and dtype in DTYPES[b]]
+    return [f"{b}: {why_not(b, device.index)}" for b in made if not (b == "triton" and _INTERPRETED)]
 
 
 def report() -> str:
@@ -174,6 +224,6 @@ def report() -> str:
         lines.append("CUDA extension: loaded")
     lines.append(f"selected: {_selected} (GSTO_BACKEND or gsto_ops.use_backend)")
     if _selected == "auto":
-        cpu, gpu = (select(torch.device(device), torch.float32) for device in ("cpu", "cuda"))
+        cpu, gpu = (_select(torch.device(device), torch.float32) for device in ("cpu", "cuda"))
         lines.append(f"CPU tensors run on: {cpu}; GPU tensors run on: {gpu}")
     return "\n".join(lines)

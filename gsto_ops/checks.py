@@ -13,9 +13,11 @@ Size = int | Sequence[int]
 ScaleFactor = float | Sequence[float]
 
 
-def autocast_enabled(device_type: str) -> bool:
+def autocast_enabled(device: torch.device) -> bool:
     """Whether tensors of this device are under autocast; False for devices without it, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_input(input: Tensor) -> None:
@@ -29,7 +31,7 @@ def check_input(input: Tensor) -> None:
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"input must be a floating-point tensor ({allowed}), got {input.dtype}")
-    if 0 in input.shape[1:]:
+    if not input.numel() and 0 in input.shape[1:]:
         raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(input.shape)}")
 
 
@@ -50,7 +52,7 @@ def check_parameter(
         return
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
-    given = tuple(parameter.shape)
+    given = parameter.shape
     fits = len(given) == len(shape) and all(
         actual == wanted if wanted is not None else actual > 0 for actual, wanted in zip(given, shape, strict=True)
     )
@@ -58,7 +60,7 @@ def check_parameter(
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         allowed = f"({sizes},)" if len(shape) == 1 else f"({sizes})"
         raise ValueError(
-            f"{name} must have shape {allowed}, {meaning}, got {given} for input of shape {tuple(input.shape)}"
+            f"{name} must have shape {allowed}, {meaning}, got {tuple(given)} for input of shape {tuple(input.shape)}"
         )
     if parameter.device != input.device:
         raise ValueError(f"{name} must be on the device of input, {input.device}, got {parameter.device}")
@@ -67,20 +69,36 @@ def check_parameter(
     if dtype is not None:
         if parameter.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} where input is {input.dtype}, got {parameter.dtype}")
-    elif parameter.dtype != input.dtype and not autocast_enabled(input.device.type):
+    elif parameter.dtype != input.dtype and not autocast_enabled(input.device):
         raise TypeError(
             f"{name} must have the dtype of input, {input.dtype}, got {parameter.dtype} (or use torch.autocast)"
         )
 
 
+def check_parameters(input: Tensor, *parameters: tuple[str, Tensor | None, tuple[int | None, ...], str]) -> None:
+    """:func:`check_parameter` of (name, parameter, shape, meaning) each, in less time where nothing is wrong."""
+    dtype, device = input.dtype, input.device
+    for name, parameter, shape, meaning in parameters:
+        if parameter is None or (
+            isinstance(parameter, Tensor)
+            and parameter.dtype is dtype
+            and ((given := parameter.shape) == shape or (shape[0] is None and given[1:] == shape[1:] and given[0] > 0))
+            and parameter.device == device
+        ):
+            continue
+        check_parameter(name, parameter, shape, input, meaning=meaning)
+
+
 def check_projection(weight: Tensor | None, bias: Tensor | None, input: Tensor) -> None:
-    if weight is None and bias is not None:
-        raise ValueError(
-            f"bias belongs to the projection: it must be None where weight is None, got shape {tuple(bias.shape)}"
-        )
-    check_parameter("weight", weight, (None, input.shape[1], 1, 1), input, meaning="(out_channels, in_channels, 1, 1)")
-    if weight is not None:
-        check_parameter("bias", bias, (weight.shape[0],), input, meaning="(out_channels,)")
+    if weight is None:
+        if bias is not None:
+            raise ValueError(
+                f"bias belongs to the projection: it must be None where weight is None, got shape {tuple(bias.shape)}"
+            )
+        return
+    check_parameters(input, ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)"))
+    if bias is not None:
+        check_parameters(input, ("bias", bias, (weight.shape[0],), "(out_channels,)"))
 
 
 def check_mode(mode: str, align_corners: bool) -> None:
@@ -102,6 +120,8 @@ def check_activation(activation: str | None) -> str:
 def as_size(size: Size, name: str = "size") -> tuple[int, int]:
     """(H', W') of an int or a pair of ints, all > 0."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) == 2 and type(pair[0]) is int and type(pair[1]) is int and pair[0] > 0 and pair[1] > 0:
+        return pair
     allowed = "a positive int or a pair of positive ints (H', W')"
     if len(pair) != 2:
         raise ValueError(f"{name} must be {allowed}, got {size!r}")
@@ -115,6 +135,8 @@ def as_size(size: Size, name: str = "size") -> tuple[int, int]:
 
 def as_scale(scale_factor: ScaleFactor, name: str = "scale_factor") -> tuple[float, float]:
     """(scale of H, scale of W) of a number or a pair of numbers, all > 0 and finite."""
+    if type(scale_factor) in (int, float) and 0 < scale_factor < math.inf:  # type: ignore[operator]
+        return float(scale_factor), float(scale_factor)  # type: ignore[arg-type]
     pair = tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
     allowed = "a positive number or a pair of positive numbers (of H, of W)"
     if len(pair) != 2:
@@ -140,9 +162,10 @@ def output_size(
             "one of size and scale_factor must be given (scale_factor=1 keeps the size), got None for both"
         )
     scale = as_scale(scale_factor)
+    _, _, height, width = input.shape
     if scale == (1.0, 1.0):
-        return (input.shape[2], input.shape[3]), None
-    height, width = (math.floor(length * factor) for length, factor in zip(input.shape[2:], scale, strict=True))
+        return (height, width), None
+    height, width = math.floor(height * scale[0]), math.floor(width * scale[1])
     if height <= 0 or width <= 0:
         raise ValueError(
             f"scale_factor={scale_factor!r} makes an empty output of {height} x {width} from input of shape {tuple(input.shape)}"

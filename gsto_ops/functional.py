@@ -88,16 +88,20 @@ def gated_scale_transfer(
         ValueError: shapes, sizes, devices or mode that cannot work. TypeError: wrong types or mixed dtypes.
     """
     checks.check_input(input)
-    checks.check_parameter(
-        "gate_weight", gate_weight, (1, input.shape[1], 1, 1), input, meaning="(1, in_channels, 1, 1)"
+    checks.check_parameters(
+        input,
+        ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
+        ("gate_bias", gate_bias, (1,), "one number"),
     )
-    checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
     checks.check_projection(weight, bias, input)
     checks.check_mode(mode, align_corners)
     act = checks.check_activation(activation)
     out_size, scale = checks.output_size(input, size, scale_factor)
-    operands = (input, gate_weight, gate_bias, weight, bias)
-    output, gate = _outside_autocast(_gated_scale_transfer, *operands, act, out_size, mode, align_corners, scale)
+    arguments = (input, gate_weight, gate_bias, weight, bias, act, out_size, mode, align_corners, scale)
+    if checks.autocast_enabled(input.device):
+        output, gate = _outside_autocast(_gated_scale_transfer, *arguments)
+    else:
+        output, gate = _gated_scale_transfer(*arguments)
     return (output, gate) if return_gate else output
 
 
@@ -259,10 +263,11 @@ def gated_projection(
         ValueError, TypeError: as :func:`gated_scale_transfer`.
     """
     checks.check_input(input)
-    checks.check_parameter(
-        "gate_weight", gate_weight, (1, input.shape[1], 1, 1), input, meaning="(1, in_channels, 1, 1)"
+    checks.check_parameters(
+        input,
+        ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
+        ("gate_bias", gate_bias, (1,), "one number"),
     )
-    checks.check_parameter("gate_bias", gate_bias, (1,), input, meaning="one number")
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got None (without a projection, use gated_scale_transfer)")
     checks.check_projection(weight, None, input)
@@ -359,9 +364,9 @@ def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any
 
     Left to autocast, ``F.interpolate`` would run in float32: twice the traffic.
     """
-    device_type = input.device.type
-    if not checks.autocast_enabled(device_type):
+    if not checks.autocast_enabled(input.device):
         return function(input, *arguments)
+    device_type = input.device.type
     operands = autocast_operands(device_type, (input, *arguments))
     with torch.autocast(device_type, enabled=False):
         return function(*operands)
@@ -389,7 +394,7 @@ def scale_transfer(
     checks.check_input(input)
     checks.check_mode(mode, align_corners)
     out_size, scale = checks.output_size(input, size, scale_factor)
-    if not checks.autocast_enabled(input.device.type):
+    if not checks.autocast_enabled(input.device):
         return reference.scale_transfer(input, out_size, mode, align_corners, scale)
     with torch.autocast(input.device.type, enabled=False):
         return reference.scale_transfer(input, out_size, mode, align_corners, scale)

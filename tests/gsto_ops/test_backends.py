@@ -1,8 +1,10 @@
 """The choice of the backend, and what an install without the compiled extension does."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +17,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_yet(monkeypatch):
+    """What a test finds on a machine that it makes up is not remembered."""
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(backends, "_found", Forgetful())
 
 
 def test_reference_is_always_there():
@@ -129,3 +142,94 @@ def test_cuda_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setattr(backends, "_no_cuda_extension", None)
     with gsto_ops.use_backend("cuda"), pytest.raises(RuntimeError, match=r"torch.float16, not torch\.float64"):
         backends.select(gpu, torch.float64)
+
+
+class Installed:
+    def __init__(self, version):
+        self.version = version
+
+
+@pytest.mark.parametrize(
+    "package, version, reason",
+    [
+        ("triton", "3.1.0", "triton 3.1.0 is older than 3.4"),
+        ("triton", "2.0.0.post1", "triton 2.0.0.post1 is older than 3.4"),
+        ("triton", "3.4.0+git1234", None),
+        ("triton", "3.10.0rc1", None),
+        ("pytorch-triton-rocm", "3.5.1", None),
+        ("triton", "unknown", "triton unknown is older than 3.4"),
+        (None, None, "triton is not installed"),
+    ],
+)
+def test_triton_versions(monkeypatch, package, version, reason):
+    monkeypatch.setattr(
+        importlib.metadata, "distributions", lambda name: [Installed(version)] if name == package else []
+    )
+    monkeypatch.setattr(backends, "_why_no_launcher", lambda: None)
+    assert backends._find_triton() == reason
+
+
+def test_triton_without_a_compiler_or_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [Installed("3.7.1")])
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backends._find_triton() == "triton needs a C compiler: neither gcc nor clang is on PATH, and CC is not set"
+    compiler = tmp_path / "clang"
+    compiler.touch(mode=0o755)
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert "Python.h does not exist" in backends._find_triton()
+    (tmp_path / "Python.h").touch()
+    assert backends._find_triton() is None
+    monkeypatch.setattr(backends, "_INTERPRETED", True)  # the interpreter compiles nothing
+    (tmp_path / "Python.h").unlink()
+    assert backends._find_triton() is None
+
+
+MACHINES = {
+    "old triton": ((9, 0), "triton 3.1.0 is older than 3.4", "triton: triton 3.1.0 is older than 3.4"),
+    "no compiler": ((9, 0), "triton needs a C compiler", "triton: triton needs a C compiler"),
+    "old GPU": ((7, 5), None, "triton: Made-up GPU is older than compute capability 8.0"),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_gpu_that_the_kernels_cannot_use_is_reported_once(monkeypatch, machine):
+    capability, no_triton, told = MACHINES[machine]
+    monkeypatch.setattr(backends, "_found", {})
+    monkeypatch.setattr(backends, "_no_triton", no_triton)
+    monkeypatch.setattr(backends, "_no_cuda_extension", "gsto_ops._CUDA is not built (no nvcc)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Made-up GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    device = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="cuda tensors run on the plain PyTorch reference") as caught:
+        assert backends.select(device, torch.bfloat16) == "reference"
+    assert "cuda: gsto_ops._CUDA is not built (no nvcc)" in str(caught[0].message) and told in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select(device, torch.bfloat16) == "reference"
+        assert backends.select(device, torch.float64) == "reference"  # by design, not by this machine
+    assert told.removeprefix("triton: ") in backends.report()
+
+
+def test_the_next_backend_is_used_without_a_word(monkeypatch):
+    """Triton instead of the CUDA kernels is no loss that must be told; the report tells it."""
+    monkeypatch.setattr(backends, "_found", {})
+    monkeypatch.setattr(backends, "_no_triton", None)
+    monkeypatch.setattr(backends, "_no_cuda_extension", "gsto_ops._CUDA is not built (no nvcc)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select(torch.device("cuda", 0), torch.bfloat16) == "triton"
+
+
+def test_a_cpu_without_the_extension_is_reported_once(monkeypatch):
+    monkeypatch.setattr(backends, "_found", {})
+    monkeypatch.setattr(backends, "_no_extension", "gsto_ops._C is not built (no compiler)")
+    x, weight = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 1, 1)
+    with pytest.warns(UserWarning, match=r"cpu: gsto_ops._C is not built \(no compiler\)") as caught:
+        for _ in range(3):
+            gsto_ops.gated_scale_transfer(x, weight, size=2)
+    assert len(caught) == 1
