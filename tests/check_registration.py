@@ -7,7 +7,13 @@ import torch
 import gsto_ops
 from gsto_ops.ops.library import libraries
 
-NAMES = ("gated_scale_transfer", "gated_projection", "affine_scale_transfer", "gated_pyramid_pool")
+NAMES = (
+    "gated_scale_transfer",
+    "gated_projection",
+    "affine_scale_transfer",
+    "gated_pyramid_pool",
+    "upsample_cross_entropy",
+)
 missing = []
 for name in (n + suffix for n in NAMES for suffix in ("", "_backward")):
     schemas = [

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/binding.h"
+#include "cuda/upsample_cross_entropy.h"
 
 namespace gsto::cuda {
 
@@ -106,6 +107,16 @@ py::list kernel_attributes() {
         pyramid_backward.pyramid.levels = 4;
         pyramid_backward.blocks = 1;
         run("pyramid_backward", launch_pyramid_backward, pyramid_backward);
+        if (channels_last) continue;  // the layout is no part of these kernels
+        UpsampleCrossEntropyParams loss{};
+        loss.rows = loss.cols = axis;
+        loss.taps = 3;
+        run("upsample_cross_entropy", launch_upsample_cross_entropy, loss);
+        UpsampleCrossEntropyBackwardParams gradient{};
+        gradient.rows = gradient.cols = axis;
+        gradient.channels = kLossClasses;
+        plan_loss_backward(gradient);
+        run("upsample_cross_entropy_backward", launch_upsample_cross_entropy_backward, gradient);
       }
     }
   }

@@ -46,6 +46,7 @@ inline void sync_threads(int line = __builtin_LINE(), const char* file = __built
   emulator::sync_threads(line, file);
 }
 inline float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
+inline float fast_exp(float v) { return std::exp(v); }
 
 inline float to_float(float v) { return v; }
 inline float to_float(BFloat16 v) { return emulator::bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -90,6 +91,7 @@ GSTO_DEVICE char* shared_memory() {
 }
 GSTO_DEVICE void sync_threads() { __syncthreads(); }
 GSTO_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+GSTO_DEVICE float fast_exp(float v) { return __expf(v); }  // two instructions; relative error 2^-21 + |v| 2^-23
 
 GSTO_DEVICE float to_float(float v) { return v; }
 GSTO_DEVICE float to_float(BFloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }

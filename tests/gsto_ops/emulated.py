@@ -26,6 +26,10 @@ SCHEMAS = (
     "gated_pyramid_pool(Tensor input, Tensor gate_weight, Tensor? gate_bias, int[] bins) -> (Tensor, Tensor)",
     "gated_pyramid_pool_backward(Tensor grad_pooled, Tensor? grad_gate, Tensor input, Tensor gate, Tensor gate_weight, "
     "int[] bins) -> (Tensor, Tensor, Tensor)",
+    "upsample_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, str reduction, bool align_corners) "
+    "-> (Tensor, Tensor, Tensor)",
+    "upsample_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor logsumexp, "
+    "Tensor mass, int ignore_index, str reduction, bool align_corners) -> Tensor",
     "set_allow_tf32(bool allow) -> ()",
 )
 
@@ -70,7 +74,9 @@ def build(folder: Path) -> Path:
 
 
 def load(folder: Path) -> object:
-    """torch.ops.gsto_emulated, built if need be."""
+    """torch.ops.gsto_emulated, built if need be, once per process."""
+    if hasattr(load, "library"):
+        return torch.ops.gsto_emulated
     library = torch.library.Library("gsto_emulated", "DEF")
     for schema in SCHEMAS:
         library.define(schema)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from gsto_ops import reference
 
 sys.path.insert(0, str(Path(__file__).parent))
+import emulated
 import test_triton_kernels  # for its patch of the interpreter
 
 IGNORE = 255
@@ -157,3 +158,12 @@ def test_triton_kernels_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) == len(CHECKS)
+
+
+@pytest.mark.parametrize("check_of", CHECKS, ids=lambda f: f.__name__)
+def test_cuda_kernels_in_the_emulator(check_of, tmp_path_factory, request):
+    if emulated.compiler() is None:
+        pytest.skip("no C++ compiler")
+    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
+    ops = emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
+    check_of(ops.upsample_cross_entropy, ops.upsample_cross_entropy_backward)
