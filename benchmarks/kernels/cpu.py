@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class Case:
     eager: Function
     shapes: Sequence[tuple[int, ...]]  # of the operands; the first is the map
     float32: Sequence[int] = ()
+    other_bytes: int = 0  # per image, that the function reads beside its operands
 
 
 def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -131,18 +133,23 @@ def pyramid(name: str, channels: int, size: tuple[int, int], bins: Sequence[int]
 
 def cross_entropy(name: str, classes: int, size: tuple[int, int], to: tuple[int, int]) -> Case:
     """upsample_cross_entropy; a tenth of the labels are ignored."""
-    target = torch.randint(0, classes, (1, *to), generator=torch.Generator().manual_seed(0))
-    target[:, : to[0] // 10] = 255
+
+    @cache
+    def target_of(images: int, device: torch.device) -> Tensor:
+        target = torch.randint(0, classes, (images, *to), generator=torch.Generator().manual_seed(0))
+        target[:, : to[0] // 10] = 255
+        return target.to(device)
 
     def ours(x: Tensor):
-        return (gsto_ops.upsample_cross_entropy(x, target, ignore_index=255),)
+        return (gsto_ops.upsample_cross_entropy(x, target_of(len(x), x.device), ignore_index=255),)
 
     def eager(x: Tensor):
-        logits = x.float() if x.dtype == torch.bfloat16 else x
+        logits = x if x.dtype == torch.float64 else x.float()
         logits = F.interpolate(logits, size=to, mode="bilinear")
-        return (F.cross_entropy(logits, target, ignore_index=255),)
+        return (F.cross_entropy(logits, target_of(len(x), x.device), ignore_index=255),)
 
-    return Case(f"upsample_cross_entropy: {name}", ours, eager, [(1, classes, *size)])
+    name = f"upsample_cross_entropy: {name}"
+    return Case(name, ours, eager, [(1, classes, *size)], other_bytes=8 * to[0] * to[1])
 
 
 CASES = [

@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,14 +65,14 @@ def moved_bytes(tensors: list[Tensor]) -> int:
 
 def measure(case: Case, dtype: torch.dtype, layout: str, backward: bool, bandwidth: float, compiled: bool) -> dict:
     """One row. RuntimeError when a backend is less exact than eager PyTorch allows for."""
-    batched = Case(case.name, case.ours, case.eager, [(BATCH, *case.shapes[0][1:]), *case.shapes[1:]], case.float32)
+    batched = replace(case, shapes=[(BATCH, *case.shapes[0][1:]), *case.shapes[1:]])
     operands = [o.detach().cuda().requires_grad_() for o in make_operands(batched, dtype, LAYOUTS[layout])]
     with torch.no_grad():
         outputs = batched.eager(*operands)
     grads = [torch.randn_like(o) for o in outputs] if backward else None
     # Forward: read the map, write the outputs. Backward reads the map and the output gradients, and writes the map's gradient.
-    moved = moved_bytes([operands[0], *outputs])
-    moved += moved_bytes([operands[0], operands[0], *outputs]) if backward else 0
+    moved = moved_bytes([operands[0], *outputs]) + BATCH * case.other_bytes
+    moved += moved_bytes([operands[0], operands[0], *outputs]) + BATCH * case.other_bytes if backward else 0
     row = {"case": case.name, "layout": layout, "pass": "forward + backward" if backward else "forward"}
     row["dtype"], row["floor ms"] = str(dtype).removeprefix("torch."), moved / bandwidth * 1e3
     row["eager ms"] = milliseconds(lambda: results(batched.eager, operands, grads))

@@ -59,6 +59,46 @@ def test_graph_replay_equals_eager(backend, layout, options):
         assert torch.equal(actual, expected)
 
 
+def loss_step(logits, target):
+    logits.grad = None
+    loss = gsto_ops.upsample_cross_entropy(logits, target, ignore_index=255)
+    loss.backward()
+    return [loss.detach(), logits.grad]
+
+
+def test_graph_replay_of_the_loss_equals_eager(backend, layout):
+    logits = torch.randn(2, 19, 32, 64, device="cuda").bfloat16().contiguous(memory_format=layout).requires_grad_()
+    target = torch.randint(0, 19, (2, 128, 256), device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss_step(logits, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_step(logits, target)
+    with torch.no_grad():
+        target.fill_(255)  # how many are labelled is known only when the graph runs
+        target[:, 50:60] = 3
+    graph.replay()
+    replayed = [t.clone() for t in captured]
+    for actual, expected in zip(replayed, loss_step(logits, target), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_the_loss_has_no_map_of_upsampled_logits(backend, layout):
+    logits = torch.randn(4, 19, 128, 256, device="cuda").bfloat16().contiguous(memory_format=layout).requires_grad_()
+    target = torch.randint(0, 19, (4, 512, 1024), device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss_step(logits, target)
+    torch.cuda.synchronize()
+    pixels, small = 4 * target.numel(), logits.numel() * logits.element_size()
+    assert torch.cuda.max_memory_allocated() - before < pixels + 2 * small + (1 << 20)  # log-sum-exp, gradient, sums
+
+
 def test_two_streams_do_not_meet(backend, layout):
     module, _ = module_and_input(layout)
     module.eval()
