@@ -52,6 +52,16 @@ LOSSES = [
     (1, 2, (64, 64), (32, 32), torch.int64, "mean"),
     (1, 11, (4, 3), (512, 1600), torch.int64, "mean"),
 ]
+# batch, channels, size, whether there is a gated input, sizes of the terms, mode
+SUMS = [
+    (8, 48, (128, 256), False, [(128, 256)], "bilinear"),
+    (8, 256, (128, 256), True, [(128, 256), (128, 256)], "bilinear"),
+    (8, 48, (128, 256), True, [(64, 128), (32, 64), (16, 32)], "bilinear"),
+    (8, 192, (32, 64), True, [(32, 64), (32, 64), (16, 32)], "nearest"),
+    (2, 36, (65, 129), True, [(65, 129), (33, 65)], "bilinear"),
+    (1, 130, (31, 45), False, [(31, 45)] * 4, "bilinear"),
+    (2, 18, (64, 128), True, [(64, 128)], "nearest"),
+]
 PYRAMIDS = [(8, 2048, (64, 128), (1, 2, 3, 6)), (1, 130, (33, 17), (1, 2, 3, 6, 8)), (2, 18, (9, 13), (20,))]
 
 
@@ -94,8 +104,30 @@ def map_of(*shape: int, dtype: torch.dtype, last: bool) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
 
+def run_sums(dtype: torch.dtype, last: bool, quick: bool) -> None:
+    """batch_norm_sum and channel_statistics, with and without norms, ReLU and batch statistics."""
+    from gsto_ops.triton import batch_norm_sum, channel_statistics
+
+    new_map = partial(map_of, dtype=dtype, last=last)
+    for batch, c, hw, with_input, sizes, mode in SUMS[:3] if quick else SUMS:
+        terms = [new_map(batch, c, *size) for size in sizes]
+        x, gate = (new_map(batch, c, *hw), torch.empty(batch, 1, *hw, dtype=dtype, device="meta"))
+        mean, var = channel_statistics.forward(x)
+        norms, eps = [[vector] * len(terms) for vector in (mean, var, mean, mean)], [1e-5] * len(terms)
+        operands = (x if with_input else None, gate if with_input and c < 256 else None, terms)
+        rest = (True, None, None, "relu", mode, c == 36)
+        y = batch_norm_sum.forward(*operands, *norms, eps, *rest)
+        dm, gathered, sums = batch_norm_sum.backward(y, y, terms, norms[0], mode, c == 36)
+        for sums_or_none, counts in ((sums, None), (sums, mean[: len(terms)]), (None, None)):
+            batch_norm_sum.backward_terms(dm, gathered, terms, *norms[:3], eps, sums_or_none, counts)
+        if not quick:
+            batch_norm_sum.forward(*operands, [], [], [], [], [], False, None, None, "none", mode, False)
+            batch_norm_sum.backward(y, None, terms, [], mode, False)
+
+
 def run_operators(dtype: torch.dtype, last: bool, quick: bool) -> None:
     """Every operator, forward and backward, on tensors without data: the launchers do all but launch."""
+    run_sums(dtype, last, quick)
     from gsto_ops.triton import (
         affine_scale_transfer,
         gated_projection,
@@ -153,7 +185,19 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
     """Compiles what the operators would launch with maps of one dtype on a GPU of this architecture."""
     import triton
 
-    from gsto_ops.triton import configs, gate, product, pyramid, reduce, resample, upsample_cross_entropy
+    from gsto_ops.triton import (
+        configs,
+        gate,
+        norm,
+        norm_backward,
+        product,
+        pyramid,
+        reduce,
+        resample,
+        upsample_cross_entropy,
+    )
+
+    modules = (gate, norm, norm_backward, product, pyramid, reduce, resample, upsample_cross_entropy)
 
     triton.runtime.driver.set_active(OfflineDriver(architecture))
     target = configs.Target(f"sm_{architecture}", MULTIPROCESSORS[architecture], "offline")
@@ -171,7 +215,7 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
                 kernel.__name__, flags, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"]
             )
 
-    for module in (gate, product, pyramid, reduce, resample, upsample_cross_entropy):
+    for module in modules:
         module.launch = compile_only
     for last in (False, True):
         run_operators(dtype, last, quick)

@@ -71,6 +71,16 @@ _SM_80 = {
     ("resample", 4): Limits(128, 2048, 64, 1, 4, 1),
     ("resample_transposed", 2): Limits(128, 2048, 64, 1, 4, 1),
     ("resample_transposed", 4): Limits(128, 2048, 64, 1, 4, 1),
+    ("channel_statistics", 2): Limits(256, 4096, 64, 1, 8, 1),
+    ("channel_statistics", 4): Limits(256, 4096, 64, 1, 8, 1),
+    ("batch_norm_sum", 2): Limits(256, 4096, 64, 1, 4, 1),
+    ("batch_norm_sum", 4): Limits(256, 2048, 64, 1, 4, 1),
+    ("batch_norm_sum_gather", 2): Limits(128, 2048, 64, 1, 8, 1),
+    ("batch_norm_sum_gather", 4): Limits(128, 2048, 64, 1, 8, 1),
+    ("batch_norm_sum_backward", 2): Limits(128, 2048, 64, 1, 8, 1),
+    ("batch_norm_sum_backward", 4): Limits(128, 2048, 64, 1, 8, 1),
+    ("batch_norm_sum_backward_terms", 2): Limits(256, 4096, 64, 1, 4, 1),
+    ("batch_norm_sum_backward_terms", 4): Limits(256, 2048, 64, 1, 4, 1),
     ("gate_pool", 2): Limits(128, 4096, 512, 1, 4, 1),
     ("gate_pool", 4): Limits(128, 4096, 512, 1, 4, 1),
     ("gate_pool_project", 2): Limits(64, 4096, 512, 64, 4, 1),
@@ -106,8 +116,19 @@ _PRODUCTS = (
     "pyramid_logits",
     "pyramid_grad_input",
 )
-_SPLIT = ("weight_gradient", "pool")  # over ranges of pixels, see splits()
-_ONE_ROW = ("project", "project_backward", "weight_gradient", "pool", "pyramid_logits", "pyramid_grad_input")
+# Over ranges of pixels, see splits() and resident_splits().
+_SPLIT = ("weight_gradient", "pool", "channel_statistics", "batch_norm_sum_backward")
+_ONE_ROW = (
+    "project",
+    "project_backward",
+    "weight_gradient",
+    "pool",
+    "pyramid_logits",
+    "pyramid_grad_input",
+    "channel_statistics",
+    "batch_norm_sum_backward",
+    "batch_norm_sum_backward_terms",
+)
 
 
 def power_of_2(n: int) -> int:
@@ -128,7 +149,7 @@ def programs(problem: Problem, config: Config) -> int:
     blocks_o = -(-problem.out_channels // config.out_channels)
     if problem.kernel == "project":
         return tiles * blocks_o
-    if problem.kernel.startswith("resample"):
+    if problem.kernel.startswith(("resample", "batch_norm_sum")):
         return tiles * blocks_c
     if problem.kernel == "weight_gradient":
         return blocks_c * blocks_o
@@ -205,6 +226,11 @@ def splits(target: Target, blocks: int, tiles: int, tile_pixels: int, row: int) 
     wanted = -(-2 * WAVES * target.multiprocessors // max(1, blocks))
     most = max(1, tiles * tile_pixels // 256)
     return max(1, min(wanted, most, max(1, tiles), max(1, MAX_SUMS // (4 * max(1, row)))))
+
+
+def resident_splits(target: Target, blocks: int, tiles: int) -> int:
+    """Ranges of tiles over which sums per channel are split: as many programs as a GPU holds at once."""
+    return max(1, min(tiles, -(-WAVES * target.multiprocessors // max(1, blocks))))
 
 
 def target_of(device: torch.device) -> Target:

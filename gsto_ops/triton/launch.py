@@ -1,6 +1,7 @@
 """What the launchers share: the axes of a resampling, new tensors, strides, pixel axes merged where memory allows."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ..ops.library import layout_of
 CHUNK_BYTES = 16 << 20  # of a map between two passes: it is read again before L2 (40 MB and more) has lost it
 
 Axis = tuple[int, int, float, float, int]  # see taps.py
+Strides = tuple[int, ...]  # of (N, C, H, W)
 
 
 class Resampling(NamedTuple):
@@ -124,7 +126,7 @@ class Pixels(NamedTuple):
     images: int
     height: int
     width: int
-    strides: list[tuple[int, int, int, int]]  # of every map
+    strides: list[Strides]  # of every map
 
 
 def merged(*maps: Tensor) -> Pixels:
@@ -139,6 +141,24 @@ def merged(*maps: Tensor) -> Pixels:
         if small and (images == 1 or all(s[0] == width * s[3] for s in strides)):
             images, width = min(images, 1), images * width
     return Pixels(images, height, width, strides)
+
+
+def folded(*maps: Tensor) -> tuple[int, Pixels]:
+    """(k, merged maps) with k pixels side by side as one of k C channels: a multiple of 64 where the number of pixels allows.
+
+    Only for dense channels_last maps that are alike; k is 1 for others.
+    """
+    pixels, channels = merged(*maps), maps[0].shape[1]
+    fold = 64 // math.gcd(channels, 64)
+    alike = all(
+        m.shape[1] == channels and s[1] == 1 and s[3] == channels for m, s in zip(maps, pixels.strides, strict=True)
+    )
+    if pixels.height > 1 or channels == 1 or not alike:
+        return 1, pixels
+    while pixels.width % fold:
+        fold //= 2
+    strides = [(s[0], 1, 0, fold * channels) for s in pixels.strides]
+    return fold, Pixels(pixels.images, 1, pixels.width // fold, strides)
 
 
 def precision() -> str:

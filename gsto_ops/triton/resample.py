@@ -80,12 +80,13 @@ def resample_kernel(
     tl.store(dest + offsets(h, w, c, dest_strides, LAST), result.to(dest.dtype.element_ty), mask=mask)
 
 
-# Traffic: the source once (overlap from L1/L2), dest once, the map before the activation once where given, and 2 C floats per
-# tile of sums, written and read.
+# Traffic: the source once (overlap from L1/L2), dest once, the map before the activation once where given, and 2 C floats (with a
+# centre C) per tile of sums, written and read.
 @triton.jit(do_not_specialize=["rows"])
 def resample_transposed_kernel(
     source,
     before,
+    centre,
     scale,
     shift,
     dest,
@@ -106,7 +107,10 @@ def resample_transposed_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dest = scale * m, m = [act passes at scale * before + shift] R^T source; per tile the sums of m * before and of m."""
+    """dest = scale * m, m = [act passes at scale * before + shift] R^T source; per tile the sums of m * before and of m.
+
+    With a centre per channel only the sums of m * (before - centre).
+    """
     blocks = tl.cdiv(channels, BLOCK_C)
     tile = tl.program_id(0) // blocks
     image, h, w, valid = pixel_tile(tile, rows[0], cols[0], BLOCK_H, BLOCK_W, WIDE)
@@ -134,7 +138,11 @@ def resample_transposed_kernel(
             passed = z * factor + by_channel(tl.load(shift + c, mask=c < channels, other=0.0), LAST)
         if RELU:
             result = tl.where(passed > 0, result, 0.0)
-        if sums is not None:
+        if centre is not None:
+            z -= by_channel(tl.load(centre + c, mask=c < channels, other=0.0), LAST)
+            sums += tile.to(tl.int64) * channels
+            tl.store(sums + c, sum_pixels(result * z, LAST), mask=c < channels)
+        elif sums is not None:
             sums += tile.to(tl.int64) * 2 * channels
             tl.store(sums + c, sum_pixels(result * z, LAST), mask=c < channels)
             tl.store(sums + channels + c, sum_pixels(result, LAST), mask=c < channels)
@@ -216,12 +224,16 @@ def resample_transposed(
     dest: Tensor,
     *,
     before: Tensor | None = None,
+    centre: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
-    outputs: tuple[Tensor, Tensor] | None = None,
+    outputs: tuple[Tensor, ...] = (),
 ) -> None:
-    """dest = scale * m with m = R^T source where act passed; outputs, if any, become the sums of m * before and of m."""
+    """dest = scale * m with m = R^T source where act passed; outputs, if any, become the sums of m * before and of m.
+
+    With ``centre``, a number per channel, there is one output: the sum of m * (before - centre).
+    """
     transposed = r._replace(rows=r.rows_transposed, cols=r.cols_transposed)
     images, rows, cols, strides = _flat(transposed, [source, before, dest])
     source_strides, before_strides, dest_strides = strides
@@ -241,14 +253,15 @@ def resample_transposed(
     def run(config: configs.Config) -> Tensor | None:
         tiles = images * ceil_div(rows[0], config.height) * ceil_div(cols[0], config.width)
         sums = None
-        if outputs is not None:
-            sums = torch.empty((tiles, 2 * channels), dtype=torch.float32, device=source.device)
+        if outputs:
+            sums = torch.empty((tiles, len(outputs) * channels), dtype=torch.float32, device=source.device)
         launch(
             resample_transposed_kernel,
             tiles * ceil_div(channels, config.channels),
             source.device,
             source,
             before,
+            centre,
             scale,
             shift,
             dest,
@@ -273,5 +286,5 @@ def resample_transposed(
         return sums
 
     sums = configs.run(problem, source.device, run)
-    if outputs is not None:
+    if outputs:
         sum_rows(sums, *outputs)

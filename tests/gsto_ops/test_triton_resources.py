@@ -24,6 +24,7 @@ def test_kernels_compile_ahead_of_time(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    for kernel in ("project_kernel", "gate_pool_kernel", "gate_backward_kernel", "pool_kernel", "resample_kernel"):
+    kernels = ("project", "gate_pool", "gate_backward", "pool", "resample", "channel_statistics", "batch_norm_sum")
+    for kernel in (f"{name}_kernel" for name in (*kernels, "batch_norm_sum_backward", "batch_norm_sum_backward_terms")):
         for architecture in ("80", "90"):
             assert any(line.split()[:2] == [kernel, architecture] for line in done.stdout.splitlines()), kernel

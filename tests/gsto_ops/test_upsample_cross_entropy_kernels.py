@@ -21,7 +21,7 @@ from gsto_ops import reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 import emulated
-import test_triton_kernels  # for its patch of the interpreter
+import interpreted
 
 IGNORE = 255
 # (N, C, h, w), (H, W), align_corners: what each is for is in its name.
@@ -137,7 +137,7 @@ CHECKS = [sweep, defined_results, strided_maps]
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below starts Triton's interpreter")
 @pytest.mark.parametrize("check_of", CHECKS, ids=lambda f: f.__name__)
 def test_inside_tritons_interpreter(check_of):
-    test_triton_kernels.patch_once(importlib.import_module("triton.runtime.interpreter"))
+    interpreted.prepare()
     kernels = importlib.import_module("gsto_ops.triton.upsample_cross_entropy")
     torch.use_deterministic_algorithms(True)
     check_of(kernels.forward, kernels.backward)

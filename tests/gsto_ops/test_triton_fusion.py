@@ -1,0 +1,274 @@
+"""The Triton kernels of batch_norm_sum and channel_statistics in Triton's interpreter, against float64.
+
+The sweeps (sweep_*) run in a process of their own: see test_triton_kernels.py.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gsto_ops  # noqa: F401  (defines the operators)
+from gsto_ops import reference
+
+sys.path.insert(0, str(Path(__file__).parent))
+import interpreted
+from interpreted import DTYPES, TINY, assert_close, layout, layouts, parameter
+
+OPS = torch.ops.gsto_triton
+
+
+def test_fusion_kernels_in_the_interpreter():
+    interpreted.run_sweeps(__file__, at_least=80)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    interpreted.prepare()
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def wide(operand):
+    """``operand``, or all tensors in it, in float64."""
+    if isinstance(operand, (list, tuple)):
+        return [wide(o) for o in operand]
+    return operand.double() if isinstance(operand, torch.Tensor) else operand
+
+
+def flat(results):
+    return [t for r in results for t in (flat(r) if isinstance(r, (list, tuple)) else [r])]
+
+
+def check(name, operator, function, operands, dtype, usual=0.05):
+    """Results of the operator, within twice the error of ``function`` in the same dtype."""
+    results = operator(*operands)
+    results, plain, exact = (
+        [r] if isinstance(r, torch.Tensor) else r for r in (results, function(*operands), function(*wide(operands)))
+    )
+    for i, (found, p, e) in enumerate(zip(*map(flat, (results, plain, exact)), strict=True)):
+        if e.numel():
+            assert_close(found, e, p, f"{name} {i}", TINY[dtype], usual)
+    return results
+
+
+# batch, channels, size, input ("" none, "input", "gated"), sizes of the terms, mode, align_corners, activation
+SUMS = [
+    (2, 18, (8, 8), "", [(8, 8)], "bilinear", False, "relu"),  # 128 pixels: 32 of them side by side in channels_last
+    (2, 48, (6, 7), "input", [(6, 7)], "bilinear", False, "relu"),
+    (1, 130, (5, 7), "input", [(5, 7), (5, 7)], "bilinear", False, "none"),
+    (2, 16, (4, 6), "gated", [(2, 3), (2, 2), (1, 3)], "bilinear", False, "relu"),
+    (1, 36, (5, 6), "gated", [(5, 6), (3, 2)], "bilinear", True, "relu"),
+    (3, 20, (4, 6), "gated", [(2, 3), (4, 6), (4, 6)], "nearest", False, "relu"),
+    (2, 1, (4, 4), "input", [(4, 4), (2, 2)], "nearest", False, "none"),
+    (2, 72, (3, 5), "", [(3, 5), (2, 5), (3, 4), (1, 1)], "bilinear", False, "relu"),
+    (3, 64, (1, 1), "gated", [(1, 1)], "bilinear", False, "relu"),
+]
+IN_EVERY_DTYPE = [SUMS[i] for i in (0, 3, 4)]
+CASES = [(case, torch.float32) for case in SUMS] + [(case, d) for case in IN_EVERY_DTYPE for d in DTYPES[1:]]
+
+
+def make(case, dtype, last):
+    """input, gate, terms, and means, variances, weights, biases of the terms."""
+    batch, channels, size, given, sizes, *_ = case
+    x = layout(parameter(batch, channels, *size, dtype=dtype), last) if given else None
+    gate = torch.rand(batch, 3, *size).to(dtype)[:, 1:2] if given == "gated" else None
+    terms = [layout(parameter(batch, channels, *s, dtype=dtype) + 0.5, last) for s in sizes]
+    mean = [t.float().mean((0, 2, 3)) for t in terms]
+    var = [t.float().var((0, 2, 3), correction=0) + 0.1 for t in terms]
+    weight, bias = ([torch.randn(channels) for _ in terms] for _ in range(2))
+    return x, gate, terms, [mean, var, weight, bias], [1e-5, 1e-3, 1e-4, 1e-5][: len(terms)]
+
+
+@layouts
+@pytest.mark.parametrize("case, dtype", CASES, ids=str)
+def sweep_batch_norm_sum(case, dtype, last):
+    *_, mode, align_corners, activation = case
+    x, gate, terms, norms, eps = make(case, dtype, last)
+    rest = (activation, mode, align_corners)
+
+    def forward(*operands):
+        return OPS.batch_norm_sum(*operands, False, None, None, *rest)
+
+    def plain(*operands):
+        return reference.batch_norm_sum(*operands, *rest)
+
+    (output,) = check("output", forward, plain, (x, gate, terms, *norms, eps), dtype)
+    first = terms[0] if x is None else x
+    assert output.dtype == dtype and output.stride() == first.stride()
+    if dtype == torch.float32:
+        check("without norms", forward, plain, (x, gate, terms, [], [], [], [], []), dtype)
+
+    mask = output if activation == "relu" else None
+    mean, var, weight, _ = norms
+    dy = layout(parameter(*first.shape, dtype=dtype), not last)  # of another layout than the output
+    operands = (dy, mask, terms, mean, mode, align_corners)
+    pixels = first.numel() // first.shape[1]
+    dm, gathered, sums = check(
+        "first pass", OPS.batch_norm_sum_backward, reference.batch_norm_sum_backward, operands, dtype, pixels**0.5
+    )
+    if dtype == torch.float32:
+        operands = (dy, mask, terms, [], mode, align_corners)
+        function = reference.batch_norm_sum_backward
+        check("without norms", OPS.batch_norm_sum_backward, function, operands, dtype, pixels**0.5)
+    assert mask is None or dm.stride() == output.stride()
+    assert [g.stride() for g in gathered] == [t.stride() for t in terms if t.shape != first.shape]
+    dm = dy if mask is None else dm
+    counts = torch.tensor([3.0 * t.numel() / t.shape[1] for t in terms])
+    for total, pixels in ((sums, None), (sums, counts), (None, None)):
+        operands = (dm, gathered, terms, mean, var, weight, eps, total, pixels)
+        grads = check(
+            "second pass",
+            OPS.batch_norm_sum_backward_terms,
+            reference.batch_norm_sum_backward_terms,
+            operands,
+            dtype,
+        )
+        assert [g.stride() for g in grads] == [t.stride() for t in terms]
+
+
+@layouts
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def sweep_gradients_of_batch_norm_sum(case, last):
+    """In training, all the way through autograd, against autograd of F.batch_norm and F.interpolate."""
+    *_, size, given, sizes, mode, align_corners, activation = case
+    x, gate, terms, (_, _, weight, bias), eps = make(case, torch.float32, last)
+    leaves = [t for t in (x, gate, *terms, *weight, *bias) if t is not None]
+
+    def run(function, dtype):
+        found = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        rest = iter(found)
+        x, gate = (next(rest) if wanted else None for wanted in (given != "", given == "gated"))
+        terms, weight, bias = ([next(rest) for _ in sizes] for _ in range(3))
+        output = function(x, gate, terms, weight, bias)
+        torch.manual_seed(1)
+        dy = torch.randn(output.shape)
+        return torch.autograd.grad(output, found, dy.to(dtype))
+
+    def ours(x, gate, terms, weight, bias):
+        mean, var = zip(*(OPS.channel_statistics(t.detach()) for t in terms), strict=True)
+        norms = (list(mean), list(var), weight, bias, eps, True, None, None)
+        return OPS.batch_norm_sum(x, gate, terms, *norms, activation, mode, align_corners)
+
+    def plain(x, gate, terms, weight, bias):
+        total = 0 if x is None else x if gate is None else gate * x
+        for term, w, b, e in zip(terms, weight, bias, eps, strict=True):
+            term = F.batch_norm(term, None, None, w, b, True, eps=e)
+            corners = {"align_corners": align_corners} if mode == "bilinear" else {}
+            total = total + F.interpolate(term, size, mode=mode, **corners)
+        return total.relu() if activation == "relu" else total
+
+    exact, eager, found = run(plain, torch.float64), run(plain, torch.float32), run(ours, torch.float32)
+    for i, (f, e, p) in enumerate(zip(found, exact, eager, strict=True)):
+        assert_close(f, e, p, f"gradient {i}", 2e-5, 0.5)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 18, 8, 8), (3, 36, 8, 4), (1, 130, 5, 7), (2, 48, 33, 5), (3, 1, 4, 5), (2, 70, 1, 1)], ids=str
+)
+def sweep_channel_statistics(shape, dtype, last):
+    x = layout(parameter(*shape, dtype=dtype) + 2, last)
+    mean, var = check("statistics", OPS.channel_statistics, reference.channel_statistics, (x,), torch.float32)
+    assert mean.dtype == var.dtype == torch.float32 and mean.shape == var.shape == shape[1:2]
+
+
+@layouts
+def sweep_statistics_survive_large_means_and_outliers(monkeypatch, last):
+    """The variance of values whose mean is 1e4 standard deviations away; and that of zeros with one large first value."""
+    from gsto_ops.triton import reduce
+
+    monkeypatch.setattr(reduce, "ROWS", 4)  # several levels for few ranges
+    x = layout(100 + torch.randn(6, 24, 16, 16) * 0.01, last)
+    mean, var = OPS.channel_statistics(x)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-3, atol=0)
+    x = torch.zeros_like(x)
+    x[0, :, 0, 0] = 1e4
+    _, var = OPS.channel_statistics(x)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+
+
+def everything(x, gate, same, small, dy):
+    """Both operators, forward and backward, as one list of results."""
+    vectors = [torch.linspace(low, 1.5, x.shape[1]) for low in (-1, 0.5, 1, -2)]
+    terms, norms = [same, small], [[v, v.flip(0)] for v in vectors]
+    output = OPS.batch_norm_sum(x, gate, terms, *norms, [1e-5] * 2, False, None, None, "relu", "bilinear", False)
+    dm, gathered, sums = OPS.batch_norm_sum_backward(dy, output, terms, norms[0], "bilinear", False)
+    grads = OPS.batch_norm_sum_backward_terms(dm, gathered, terms, *norms[:3], [1e-5] * 2, sums, None)
+    return [output, dm, *gathered, sums, *grads, *OPS.channel_statistics(same)]
+
+
+@layouts
+def sweep_any_strides(last):
+    """Sliced, offset, transposed and expanded operands give what their dense copies give."""
+    source = layout(torch.randn(2, 24, 7, 9), last)
+    x, same = source[:, 2:20, 1:, :6], torch.randn(18, 6, 6, 2).permute(3, 0, 2, 1)
+    small = source[:1, 6:, :3, 2:5].expand(2, -1, -1, -1)
+    gate = torch.rand(2, 6, 6, 3).permute(0, 3, 1, 2)[:, 1:2]
+    dy = torch.randn(1, 18, 1, 6).expand(2, -1, 6, -1)
+    found = everything(x, gate, same, small, dy)
+    dense = [layout(t, t.stride(1) == 1 and t.stride(3) > 1) for t in (x, gate, same, small)]
+    for a, b in zip(found, everything(*dense, dy.contiguous()), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@layouts
+def sweep_wide_offsets(monkeypatch, last):
+    """With 64-bit offsets inside images, to the bit the same."""
+    from gsto_ops.triton import norm, norm_backward, resample
+
+    x, same, dy = (layout(torch.randn(2, 18, 4, 6), last) for _ in range(3))
+    operands = (x, torch.rand(2, 1, 4, 6), same, layout(torch.randn(2, 18, 2, 3), last), dy)
+    narrow = everything(*operands)
+    for module in (norm, norm_backward, resample):
+        monkeypatch.setattr(module, "is_wide", lambda *maps: True)
+    for a, b in zip(everything(*operands), narrow, strict=True):
+        assert torch.equal(a, b)
+
+
+def sweep_pixels_side_by_side():
+    """Dense channels_last maps that are alike become maps of a multiple of 64 channels where their pixels divide."""
+    from gsto_ops.triton.launch import folded
+
+    x = torch.empty(2, 18, 8, 8).to(memory_format=torch.channels_last)
+    assert folded(x, x) == (32, (1, 1, 4, [(1152, 1, 0, 576)] * 2))
+    assert folded(x[:, :, :, :7])[0] == 1 and folded(x.contiguous())[0] == 1 and folded(x, x[:, :1])[0] == 1
+    assert folded(x[:, :, :5, :5].contiguous(memory_format=torch.channels_last))[0] == 2
+    assert folded(torch.empty(1, 64, 3, 3).to(memory_format=torch.channels_last))[0] == 1
+    assert folded(x[:0])[0] == 32
+
+
+@layouts
+def sweep_empty_batch(last):
+    x, small = layout(torch.randn(0, 18, 6, 6), last), layout(torch.randn(0, 18, 3, 3), last)
+    output, dm, gathered, sums, *grads = everything(x, torch.rand(0, 1, 6, 6), x, small, x)
+    *grads, mean, var = grads
+    assert output.shape == dm.shape == x.shape and [g.shape for g in (gathered, *grads)] == [
+        small.shape,
+        x.shape,
+        small.shape,
+    ]
+    assert (sums == 0).all() and mean.isnan().all() and var.isnan().all()
+
+
+def sweep_nan_passes_relu():
+    x = torch.randn(1, 4, 2, 2)
+    x[0, 1, 1, 1] = float("nan")
+    out = OPS.batch_norm_sum(x, None, [], [], [], [], [], [], False, None, None, "relu", "bilinear", False)
+    assert torch.equal(out.isnan(), x.isnan())
+
+
+def sweep_unknown_mode():
+    x = torch.randn(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="mode must be 'bilinear' or 'nearest', got 'avg'"):
+        OPS.batch_norm_sum(x, None, [x], [], [], [], [], [], False, None, None, "none", "avg", False)
