@@ -23,7 +23,7 @@ class LIPData(FolderData):
 
     Args:
         root: folder that holds these folders.
-        crop_size, base_size, scale_steps, batch_size, options: see `FolderData`; sizes are those of the squashed image.
+        crop_size, base_size, scale_steps, batch_size, val_batch_size, options: see `FolderData`; sizes are the squashed image's.
 
     Raises:
         DataError, ValueError: see `FolderData`.
@@ -66,9 +66,10 @@ class LIPData(FolderData):
         base_size: int = SIDE,
         scale_steps: int = 11,
         batch_size: int = 40,
+        val_batch_size: int = 8,
         **options: Any,
     ) -> None:
-        super().__init__(root, crop_size, base_size, scale_steps, batch_size, **options)
+        super().__init__(root, crop_size, base_size, scale_steps, batch_size, val_batch_size, **options)
 
     def find_pairs(self, split: str) -> Found:
         if split == "test":

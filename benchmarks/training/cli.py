@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ..errors import TrainingError, UsageError
+from ..errors import DataError, TrainingError, UsageError
 from ..quiet import quieten
 from .averaging import ExponentialMovingAverage
 from .batches import share_batch
@@ -152,6 +152,9 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except DataError as error:
+            # one from a data-loading process brings that process' traceback along, as text before the message
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
         except SIGTERMException as error:
             raise TrainingError(
                 f"asked to end (SIGTERM) at step {self.trainer.global_step}; the same command with --resume goes on"

@@ -120,10 +120,10 @@ def test_predict_a_folder_of_any_images(checkpoints, tmp_path):
 def test_lip_flip_protocol_on_batches_of_all_sizes(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(LIPData, "squash", (64, 64))  # 473 pixels take seconds
     root, out = make_lip(tmp_path / "data"), tmp_path / "out"
-    options = ["--model.evaluation.protocols=[ss_flip,ss_squashed]", "--data.val_batch_size=3"]
+    options = ["--model.evaluation.protocols=[ss_flip,ss_squashed]"]
     assert command("validate", "LIPData", root, checkpoints["LIPData"], out, *options) == 0
     figures = json.loads((out / "validate" / "metrics.json").read_text())["figures"]
-    data, task = LIPData(str(root), num_workers=0), load(checkpoints["LIPData"], 20)
+    data, task = LIPData(str(root), val_batch_size=1, num_workers=0), load(checkpoints["LIPData"], 20)
     data.setup("validate")
     correct = pixels = 0
     order = [*range(14), 15, 14, 17, 16, 19, 18]
@@ -153,6 +153,17 @@ def test_one_line_about_what_is_wrong(name, options, message, checkpoints, tmp_p
     assert command(name, "CamVidData", root, checkpoints["CamVidData"], out, *options) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_is_named_from_a_loading_process_too(workers, checkpoints, tmp_path, capsys):
+    write(tmp_path / "images" / "a.png", np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "images" / "b.png").write_bytes(b"junk")
+    options = [f"--data.images={tmp_path / 'images'}", f"--data.num_workers={workers}"]
+    assert command("predict", "CamVidData", "x", checkpoints["CamVidData"], tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert f"gsto: {tmp_path / 'images' / 'b.png'}: not an image that can be read" in error
+    assert "Traceback" not in error
 
 
 def test_misspelt_evaluation_option(checkpoints, tmp_path, capsys):
