@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import gsto_ops.backends
 
 from .errors import TrainingError, UsageError
 
-CONFIGS = Path(__file__).parent / "segmentation" / "configs"
 COMMANDS = {
     "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
     "fit": "train: gsto fit -c CONFIG [--key value ...]",
@@ -83,11 +83,13 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that `-c NAME` finds: name -> YAML file."""
-    return {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*/configs/*.yaml"))}
 
 
 def resolve_config_names(argv: Sequence[str]) -> list[str]:
-    """Replace shipped names behind `-c` or `--config` by their files; a path to a file stays.
+    """Replace shipped names behind `-c` or `--config` by their files, and put the files that these build on before them.
+
+    A configuration builds on another one by a line `# base: FILE` (relative to its own folder); its own settings count.
 
     Raises:
         UsageError: neither a shipped name nor a file.
@@ -96,22 +98,28 @@ def resolve_config_names(argv: Sequence[str]) -> list[str]:
     for word in argv:
         flag, equals, value = word.partition("=")
         if after_flag:
-            resolved.append(_config_file(word))
+            resolved += _config_options(word)
         elif equals and flag in ("-c", "--config"):
-            resolved += ["--config", _config_file(value)]
-        else:
+            resolved += _config_options(value)
+        elif word not in ("-c", "--config"):
             resolved.append(word)
         after_flag = not after_flag and word in ("-c", "--config")
-    return resolved
+    return [*resolved, "--config"] if after_flag else resolved  # a name is missing: the parser says so
 
 
-def _config_file(name: str) -> str:
+def _config_options(name: str) -> list[str]:
     shipped = shipped_configs()
-    if name in shipped:
-        return str(shipped[name])
-    if not Path(name).is_file():
+    if name not in shipped and not Path(name).is_file():
         raise UsageError(f"-c {name}: neither a file nor a shipped configuration (shipped: {', '.join(shipped)})")
-    return name
+    return [word for file in _with_bases(shipped.get(name, Path(name))) for word in ("--config", str(file))]
+
+
+def _with_bases(file: Path) -> list[Path]:
+    bases = [file.parent / name for name in re.findall(r"^# base: (\S+)$", file.read_text(encoding="utf-8"), re.M)]
+    for base in bases:
+        if not base.is_file():
+            raise UsageError(f"{file}: its base {base} does not exist")
+    return [*(ancestor for base in bases for ancestor in _with_bases(base)), file]
 
 
 def _help() -> str:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -54,6 +55,15 @@ class SegmentationData(TrainingData):
 
     @abstractmethod
     def make_val_set(self) -> SegmentationDataset: ...
+
+    @property
+    @abstractmethod
+    def train_size(self) -> tuple[int, int]:
+        """(height, width) of the training images as the network sees them."""
+
+    def example_batch(self, size: int) -> tuple[Tensor, Tensor, list[str]]:
+        images = torch.zeros(size, 3, *self.train_size).contiguous(memory_format=torch.channels_last)
+        return images, torch.zeros(size, *self.train_size, dtype=torch.int64), ["example"] * size
 
     def make_test_set(self) -> SegmentationDataset:
         """The set of `gsto test`; data sets without one raise a DataError."""
@@ -148,6 +158,13 @@ class ScenesData(SegmentationData):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.size, self.train_scenes, self.val_scenes, self.seed = size, train_scenes, val_scenes, seed
+
+    @property
+    def train_size(self) -> tuple[int, int]:
+        return self.size
+
+    def count_train_images(self) -> tuple[int, str]:
+        return self.train_scenes, "generated"
 
     def prepare_data(self) -> None:
         """Nothing to check: the scenes are painted in every process."""

@@ -90,6 +90,17 @@ class FolderData(SegmentationData):
         """These files as this data set's labels and transforms read them."""
         return PairDataset(pairs, self.table, self.augment, self.plain)
 
+    @property
+    def train_size(self) -> tuple[int, int]:
+        return self.augment.crop_size
+
+    def count_train_images(self) -> tuple[int, str]:
+        try:
+            return len(self.open_split(self.train_split)), f"listed in {self.root}"
+        except DataError as error:
+            published = sum(self.splits[name] for name in self.train_split.split("+"))
+            return published, f"as published, since {str(error).splitlines()[0]}"
+
     def make_train_set(self) -> PairDataset:
         return self._checked(self.train_split)
 

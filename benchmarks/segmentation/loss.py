@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gsto_ops
@@ -72,16 +71,20 @@ def segmentation_loss(
     """
     if len(weights) < len(outputs):
         raise ValueError(f"loss_weights must have a factor for each of the {len(outputs)} outputs, got {list(weights)}")
-    labelled = labels != IGNORE
-    mass = labelled.float() if class_weights is None else class_weights[labels.where(labelled, 0)] * labelled
     total = torch.zeros((), device=labels.device)
-    with torch.autocast(labels.device.type, enabled=False):
-        for index, (logits, weight) in enumerate(zip(outputs, weights, strict=False)):
-            logits = gsto_ops.scale_transfer(logits.float(), size=labels.shape[-2:])
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-            counts = mass
-            if hard_pixels is not None and index == 0:
-                counts = mass * hard_pixels.select(losses.detach(), labelled)
-            # no labelled pixel: 0 / 1e-6 = 0 instead of 0 / 0
-            total = total + weight * ((losses * counts).sum() / counts.sum().clamp(min=1e-6))
+    for index, (logits, weight) in enumerate(zip(outputs, weights, strict=False)):
+        if hard_pixels is not None and index == 0:
+            loss = _hard_pixel_loss(logits, labels, class_weights, hard_pixels)
+        else:
+            loss = gsto_ops.upsample_cross_entropy(logits, labels, class_weights, ignore_index=IGNORE)
+        total = total + weight * loss
     return total
+
+
+def _hard_pixel_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None, hard_pixels: HardPixels) -> Tensor:
+    losses = gsto_ops.upsample_cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    labelled = labels != IGNORE
+    counts = hard_pixels.select(losses.detach(), labelled).to(losses.dtype)
+    if class_weights is not None:
+        counts = counts * class_weights[labels.where(labelled, 0)]
+    return (losses * counts).sum() / counts.sum().clamp(min=1e-6)  # no labelled pixel: 0 / 1e-6 = 0 instead of 0 / 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ActionYesNo
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,6 +21,7 @@ from .averaging import ExponentialMovingAverage
 from .batches import share_batch
 from .checkpoints import AtomicCheckpointIO, Checkpoints, checkpoint_fault, newest_checkpoint
 from .data import TrainingData
+from .plan import make_plan
 from .progress import Progress
 from .table import MetricsTable
 from .task import TrainingTask
@@ -41,6 +43,13 @@ class TrainingCLI(LightningCLI):
             action=ActionYesNo(no_prefix="no_"),
             default=False,
             help="go on from the newest whole checkpoint of the run's folder; begin where there is none",
+        )
+        parser.add_argument(
+            "--dry_run",
+            action=ActionYesNo(no_prefix="no_"),
+            default=False,
+            help="print what the run would take: steps, images, memory, time; trainer.devices and num_nodes are taken at "
+            "their word",
         )
         parser.add_argument(
             "--global_batch_size",
@@ -104,7 +113,10 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         try:
-            super().instantiate_classes()
+            if self._is_dry_run:
+                self._plan()
+            else:
+                super().instantiate_classes()
         except (ValueError, TypeError) as error:  # an argument of a constructor that its type alone does not rule out
             raise UsageError(str(error)) from error
 
@@ -149,7 +161,29 @@ class TrainingCLI(LightningCLI):
             f"{batch * accumulate * ranks} images per step = {batch} at once x {accumulate} x {ranks} processes"
         )
 
+    @property
+    def _is_dry_run(self) -> bool:
+        return self.subcommand == "fit" and self.config.fit.dry_run
+
+    def _plan(self) -> None:
+        """Print the plan; the trainer, which would look for the GPUs, is not made."""
+        classes = self.parser.instantiate_classes(self.config).fit
+        config = self.config.fit
+        processes = count_processes(config.trainer)
+        batch = (classes.data.batch_size, config.trainer.accumulate_grad_batches, processes)
+        if config.global_batch_size is not None:
+            batch = (*share_batch(config.global_batch_size, classes.data.batch_size, processes), processes)
+        epochs = config.trainer.max_epochs
+        if epochs is None:
+            raise UsageError("--dry_run needs trainer.max_epochs")
+        print(f"Plan of {config.trainer.default_root_dir}; nothing is trained")
+        print(
+            make_plan(classes.model, classes.data, epochs=epochs, batch=batch, precision=str(config.trainer.precision))
+        )
+
     def _run_subcommand(self, subcommand: str) -> None:
+        if self._is_dry_run:
+            return
         try:
             super()._run_subcommand(subcommand)
         except DataError as error:
@@ -171,11 +205,24 @@ class TrainingCLI(LightningCLI):
             print(f"Results in {folder}: {' '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
 
 
-def run_cli(args: Sequence[str]) -> None:
+def count_processes(trainer: Any) -> int:
+    """Processes of a run by its configuration: "auto" is what is here."""
+    devices = trainer.devices
+    if isinstance(devices, str):
+        devices = -1 if devices == "auto" else [int(part) for part in devices.split(",")]
+        if isinstance(devices, list) and len(devices) == 1:
+            devices = devices[0]  # "4" is a number of GPUs, "0,2" are two of them
+    if isinstance(devices, list):
+        devices = len(devices)
+    here = max(1, torch.cuda.device_count())
+    return (here if devices == -1 else devices) * trainer.num_nodes
+
+
+def run_cli(args: Sequence[str], kind: type[TrainingCLI] = TrainingCLI) -> TrainingCLI:
     """Run `fit`, `validate`, `test` or `predict` with these command-line arguments."""
     quieten()
     exact = {"allow_abbrev": False}
-    TrainingCLI(
+    return kind(
         TrainingTask,
         TrainingData,
         subclass_mode_model=True,

@@ -67,6 +67,14 @@ class TrainingData(LightningDataModule, ABC):
         if stage in ("fit", "validate"):
             self.val_set = self.make_val_set()
 
+    def count_train_images(self) -> tuple[int, str]:
+        """How many training images there are, and how that is known; for plans, so files need not be read."""
+        return len(self.make_train_set()), "counted"
+
+    @abstractmethod
+    def example_batch(self, size: int) -> Any:
+        """A training batch of `size` samples as the task sees it, contents without meaning; for plans, without any files."""
+
     def train_dataloader(self) -> TrainLoader:
         return TrainLoader(
             self.train_set,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gsto_benchmarks.segmentation import SegmentationTask
-from gsto_benchmarks.segmentation.loss import segmentation_loss
+from gsto_benchmarks.segmentation.loss import HardPixels, segmentation_loss
 from gsto_benchmarks.segmentation.metrics import class_iou, summarize
 from gsto_benchmarks.segmentation.transforms import IGNORE
 from gsto_benchmarks.training.optimization import poly_factor
@@ -99,6 +99,50 @@ def test_all_ignored_batch_has_zero_loss_and_gradient():
     loss.backward()
     assert loss.item() == 0
     assert (logits.grad == 0).all()
+
+
+def hard_pixel_loss(logits, labels, threshold, min_kept, weight=None):
+    """In float64 with NumPy's sort: the weighted mean over the pixels below the threshold, at least `min_kept`."""
+    full = F.interpolate(logits.double(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(full, labels, ignore_index=IGNORE, reduction="none").numpy()
+    labels = labels.numpy()
+    probabilities = np.sort(np.exp(-losses[labels != IGNORE]))
+    limit = max(threshold, probabilities[min(min_kept, len(probabilities)) - 1])
+    kept = (labels != IGNORE) & (np.exp(-losses) <= limit)
+    counts = kept if weight is None else kept * np.asarray(weight)[np.where(kept, labels, 0)]
+    return (losses * counts).sum() / counts.sum(), kept.sum()
+
+
+@pytest.mark.parametrize("class_weights", [None, [1.0, 2.0, 0.5, 1.0, 4.0]])
+@pytest.mark.parametrize(
+    ("threshold", "min_kept", "kept"), [(0.05, 700, 700), (0.5, 1, None), (0.05, 10_000, 1800), (1.0, 1, 1800)]
+)
+def test_hard_pixels(threshold, min_kept, kept, class_weights):
+    torch.manual_seed(0)
+    outputs = [torch.randn(2, 5, 8, 12), torch.randn(2, 5, 8, 12)]
+    labels = torch.randint(0, 5, (2, 30, 45))
+    labels[0, :20] = IGNORE  # 1800 stay
+    weight = None if class_weights is None else torch.tensor(class_weights)
+    main, count = hard_pixel_loss(outputs[0], labels, threshold, min_kept, class_weights)
+    assert count == kept or (kept is None and min_kept < count < 1800)
+    auxiliary = segmentation_loss(outputs[1:], labels, [0.5], weight).item()  # keeps all pixels
+    loss = segmentation_loss(outputs, labels, [1.0, 0.5], weight, HardPixels(threshold, min_kept))
+    assert loss.item() == pytest.approx(main + auxiliary, rel=1e-5)
+
+
+def test_hard_pixels_have_all_the_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 5, 8, 12, requires_grad=True)
+    labels = torch.randint(0, 5, (1, 8, 12))
+    segmentation_loss([logits], labels, [1.0], hard_pixels=HardPixels(0.01, 30)).backward()
+    assert (logits.grad.abs().sum(1) > 0).sum() == 30
+
+
+def test_all_ignored_batch_has_zero_loss_with_hard_pixels():
+    logits = torch.randn(2, 5, 8, 8, requires_grad=True)
+    loss = segmentation_loss([logits], torch.full((2, 32, 32), IGNORE), [1.0], hard_pixels=HardPixels())
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
 
 
 def test_too_few_loss_weights():
