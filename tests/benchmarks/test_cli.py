@@ -136,9 +136,12 @@ def test_print_config(capsys):
 
 def test_config_names():
     file = str(cli.shipped_configs()["camvid"])
-    assert cli.resolve_config_names(["fit", "-c", "camvid", "--x", "camvid"]) == ["fit", "-c", file, "--x", "camvid"]
-    assert cli.resolve_config_names(["fit", "--config=camvid"]) == ["fit", "--config", file]
-    assert cli.resolve_config_names(["fit", "-c", file]) == ["fit", "-c", file]
+    expected = ["fit", "--config", file]
+    assert cli.resolve_config_names(["fit", "-c", "camvid", "--x", "camvid"]) == [*expected, "--x", "camvid"]
+    assert cli.resolve_config_names(["fit", "--config=camvid"]) == expected
+    assert cli.resolve_config_names(["fit", "-c", file]) == expected
+    child = str(cli.shipped_configs()["camvid_hrnetv2"])
+    assert cli.resolve_config_names(["fit", "-c", "camvid_hrnetv2"]) == [*expected, "--config", child]
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,9 @@ def test_config(read, name):
     assert config.model.class_path == "gsto_benchmarks.segmentation.SegmentationTask"
     num_classes = {"lip": 20, "camvid": 11, "pascal": 59}.get(name.split("_")[0], 19)
     num_classes = 60 if name.startswith("pascal_context60") else num_classes
+    arguments = {key: value for key, value in vars(config.model.init_args).items() if key != "evaluation"}
     with torch.device("meta"):
-        task = SegmentationTask(**{**config.model.init_args, "num_classes": num_classes})
+        task = SegmentationTask(**{**arguments, "num_classes": num_classes})
     convolutions = [module for module in task.modules() if isinstance(module, torch.nn.Conv2d)]
     params = sum(parameter.numel() for conv in convolutions for parameter in conv.parameters())
     assert params == CONV_PARAMS.get(name, params)
