@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "pyramid.h"
 
@@ -14,6 +15,7 @@ constexpr int kTilePixels = 64;  // of every tile of pixels
 constexpr int kTileRows = 64;    // output channels per product tile
 constexpr int kMaxLevels = 16;   // of a pyramid
 constexpr int kMaxCuts = 128;    // of a pyramid, per axis
+constexpr int kMaxTerms = 8;     // of a sum
 
 // Blocks of 128 threads that a multiprocessor holds at a time: the products' register limit.
 constexpr int kResident = 3;
@@ -76,10 +78,10 @@ inline SplitPlan plan_weight_gradient(int64_t batch, int64_t pixels, int channel
   return plan;
 }
 
-// How the pixels of a map are cut into tiles of at most 64.
+// How the pixels of a map are cut into tiles: of at most 64, tile_width being a power of two, but for those of a sum.
 struct Tiling {
-  int height = 1, width = 1;            // of the map
-  int tile_height = 1, tile_width = 1;  // tile_width is a power of two, their product at most 64
+  int height = 1, width = 1;  // of the map
+  int tile_height = 1, tile_width = 1;
 };
 
 GSTO_HOST_DEVICE int tiles_of(const Tiling& t) {
@@ -153,6 +155,84 @@ inline TapPlan plan_gate_resample(const Axis& rows, const Axis& cols, int channe
   }
   plan.fits = plan.fits && region() <= 8192;
   plan.region_pixels = static_cast<int>(std::min<int64_t>(region(), 8192));
+  return plan;
+}
+
+// The most elements, 16 bytes of them at most, that can be moved at once where rows of so many of them, or a whole
+// number of `folds` of rows, lie behind each other from addresses of this alignment. 4 bytes is the next choice: a warp
+// still moves 128 bytes.
+inline int widest_unit(int64_t row, int64_t folds, int element_size, int alignment) {
+  for (const int width : {16 / element_size, 4 / element_size}) {
+    const int64_t fold = width / std::gcd<int64_t>(width, row);
+    if (alignment % (width * element_size) == 0 && folds % fold == 0 && (fold == 1 || row >= width)) return width;
+  }
+  return 1;
+}
+
+// Elementwise kernels: what they ask of the multiprocessors, and the rows that a thread loads before it uses them.
+// 5 x 128 threads x 4 units of 16 bytes = 40 KiB in flight per multiprocessor and map, where DRAM asks for 22 KiB.
+constexpr int kStripResident = 5;
+constexpr int kSumResident = 4;  // of kernels that keep sums, 128 registers
+constexpr int kStripBatch = 4;
+
+// How the elementwise kernels walk dense maps: as rows of units of `width` elements. channels_last: a row is `fold`
+// pixels, as many as make its units whole (4 for 18 channels of 2 bytes), and a block takes `group_units` of each of
+// its rows. NCHW: a row is one unit of the planes of one channel, which is the block's.
+struct StripPlan {
+  int width = 1, fold = 1;
+  int row_units = 1;           // units of a row, or (NCHW) of a plane
+  int group_units = 1;         // of them, those of a block; NCHW: 1
+  int groups = 1;              // blocks side by side; NCHW: the channels
+  int64_t rows = 0, span = 1;  // all rows, and a block's
+  int blocks = 0;              // per group
+};
+
+GSTO_HOST_DEVICE int pass_rows(const StripPlan& plan) { return kThreads / plan.group_units; }
+
+// `blocks`: how many of them in all are wanted.
+inline StripPlan plan_strips(int64_t batch, int channels, int64_t pixels, bool channels_last, int element_size,
+                             int alignment, int64_t blocks) {
+  StripPlan plan;
+  if (channels_last) {
+    plan.width = widest_unit(channels, batch * pixels, element_size, alignment);
+    plan.fold = plan.width / std::gcd(plan.width, channels);
+    plan.row_units = channels * plan.fold / plan.width;
+    const int most = std::min(kThreads, 256 / plan.width);  // 256 columns' parameters are in shared memory
+    plan.group_units = static_cast<int>(ceil_div(plan.row_units, ceil_div(plan.row_units, most)));
+    plan.groups = static_cast<int>(ceil_div(plan.row_units, plan.group_units));
+    plan.rows = batch * pixels / plan.fold;
+  } else {
+    plan.width = widest_unit(pixels, 1, element_size, alignment);
+    plan.row_units = static_cast<int>(pixels / plan.width);
+    plan.groups = channels;
+    plan.rows = batch * plan.row_units;
+  }
+  const int64_t step = int64_t{kStripBatch} * pass_rows(plan);
+  plan.span =
+      std::max<int64_t>(1, ceil_div(ceil_div(plan.rows, std::max<int64_t>(1, blocks / plan.groups)), step)) * step;
+  plan.blocks = static_cast<int>(ceil_div(plan.rows, plan.span));
+  return plan;
+}
+
+// Tiles of a sum of resampled maps: a thread takes `run` neighbours of a row at a time, for which it interpolates every
+// source column once. NCHW tiles are wide, for long rows.
+struct SumTilePlan {
+  Tiling tiling;
+  int width = 1, run = 1;
+  int group = 1, groups = 1;  // units of channels (NCHW: channels) of a block, and blocks side by side
+};
+
+inline SumTilePlan plan_sum_tile(int channels, int height, int width, bool channels_last, int element_size,
+                                 int alignment) {
+  SumTilePlan plan;
+  plan.width = widest_unit(channels_last ? channels : width, 1, element_size, alignment);
+  plan.run = channels_last ? 4 : plan.width;
+  const int units = channels_last ? channels / plan.width : channels;
+  const int most = channels_last ? std::min(kThreads, 256 / plan.width) : 16;
+  plan.group = static_cast<int>(ceil_div(units, ceil_div(units, most)));
+  plan.groups = static_cast<int>(ceil_div(units, plan.group));
+  const int row = static_cast<int>(std::min<int64_t>(channels_last ? 16 : 64, ceil_div(width, plan.run) * plan.run));
+  plan.tiling = {height, width, std::min(height, (channels_last ? 128 : 512) / row), row};
   return plan;
 }
 

@@ -20,12 +20,6 @@ int multiprocessors(int device) {
 #endif
 }
 
-bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) > 1; }
-
-torch::headeronly::MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-}
-
 Tensor fresh(Tensor tensor) {
 #if defined(GSTO_EMULATE_CUDA)
   std::memset(tensor.data_ptr(), 0xff,
@@ -35,6 +29,18 @@ Tensor fresh(Tensor tensor) {
 }
 
 }  // namespace
+
+bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) > 1; }
+
+torch::headeronly::MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+}
+
+int alignment_of(const std::vector<const void*>& maps) {
+  uintptr_t bits = 16;
+  for (const void* map : maps) bits |= reinterpret_cast<uintptr_t>(map);
+  return static_cast<int>(bits & (~bits + 1));
+}
 
 void set_tf32_policy(bool (*allowed)()) { tf32_allowed = allowed; }
 
@@ -90,6 +96,12 @@ Resampling Call::resampling(const std::vector<int64_t>& size, StringHandle mode,
 
 Tensor Call::dense(const Tensor& map) const {
   return torch::stable::contiguous(map, memory_format(format.channels_last));
+}
+
+StripPlan Call::plan_strips_of(int64_t images, const std::vector<const void*>& maps, bool has_sums) const {
+  // With sums one wave of blocks; else blocks that are short enough for the last wave not to matter.
+  return plan_strips(images, channels, pixels, format.channels_last, element_size, alignment_of(maps),
+                     int64_t{has_sums ? kSumResident : 4 * kStripResident} * sms);
 }
 
 Tensor Call::new_map(int64_t map_channels, int64_t map_height, int64_t map_width, int64_t images) const {

@@ -51,6 +51,8 @@ class Call {
 
   // A map in the input's format, dense, for the kernels to read. (The copy is the price of any other layout.)
   Tensor dense(const Tensor& map) const;
+  // How a pass over maps of the input's shape, of so many images, goes: with sums, every block leaves partial results.
+  StripPlan plan_strips_of(int64_t images, const std::vector<const void*>& maps, bool has_sums) const;
   Tensor new_map(int64_t channels, int64_t height, int64_t width, int64_t images = -1) const;  // in the input's format
   Tensor new_tensor(const std::vector<int64_t>& shape) const;  // contiguous, of the input's dtype
   Tensor new_floats(const std::vector<int64_t>& shape) const;  // contiguous float32: results and workspaces
@@ -104,6 +106,11 @@ class Call {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
+
+bool is_channels_last(const Tensor& map);
+torch::headeronly::MemoryFormat memory_format(bool channels_last);
+// The largest power of two, at most 16, that divides all the addresses.
+int alignment_of(const std::vector<const void*>& maps);
 
 inline const void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 

@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   p.channels = static_cast<int>(out_channels);
   p.tiles = tiles;
   p.tiles_per_image = tiles_per_row;
+  p.tile_pixels = kTilePixels;
   p.pixels = rows.pixels;
   p.mean = static_cast<float*>(mean.data_ptr());
   p.variance = static_cast<float*>(variance.data_ptr());

@@ -79,8 +79,8 @@ struct WeightGradientParams {
 cudaError_t launch_weight_gradient(const WeightGradientParams& params, cudaStream_t stream);
 
 // dest = R act(scale * (g * source) + shift), every operand of it optional; transposed, dest = scale * m * R^T source
-// with m = [act passes at scale * mask + shift], and the sums over pixels of m R^T source * mask and of m R^T source.
-// Reads the source once (its halos from L1/L2), writes dest once.
+// with m = [act passes at scale * mask + shift], and the sums over pixels of m R^T source * (mask - mean) and of m R^T
+// source. Reads the source once (its halos from L1/L2), writes dest once.
 struct ResampleParams {
   Format format;
   int64_t batch;
@@ -93,9 +93,10 @@ struct ResampleParams {
   const float* scale;  // (C,)
   const float* shift;
   bool relu;
-  const void* mask;  // transposed only: the map before the activation
-  float* sums;       // transposed only: (blocks, 2, C) or null
-  Tiling tiling;     // of dest
+  const void* mask;   // transposed only: the map before the activation
+  const float* mean;  // transposed only: (C,) or null: 0
+  float* sums;        // transposed only: (blocks, 2, C) or null
+  Tiling tiling;      // of dest
   int row_taps, col_taps;
   int blocks, channel_groups;
 };
@@ -154,11 +155,11 @@ struct SumRowsParams {
 };
 cudaError_t launch_sum_rows(const SumRowsParams& params, cudaStream_t stream);
 
-// Merges the tiles' statistics into mean and biased variance.
+// Merges the tiles' statistics (2, C, tiles) into mean and biased variance.
 struct MergeStatisticsParams {
   const float* statistics;
   int channels;
-  int64_t tiles, tiles_per_image, pixels;  // pixels per image: the last tile of an image may be partial
+  int64_t tiles, tiles_per_image, tile_pixels, pixels;  // pixels per image: the last tile of an image may be partial
   float* mean;
   float* variance;
 };
@@ -172,6 +173,75 @@ struct StatisticsGradientParams {
   float *c0, *c1;
 };
 cudaError_t launch_statistics_gradient(const StatisticsGradientParams& params, cudaStream_t stream);
+
+// A pass over maps element by element, their pixels being counted as `batch` images.
+struct StripParams {
+  Format format;
+  StripPlan plan;
+  int channels;
+  int64_t pixels;  // per image
+};
+
+// Partial means and sums of squared differences (2, C, fold * blocks): see MergeStatisticsParams. Reads the map once.
+struct ChannelStatisticsParams : StripParams {
+  const void* input;
+  float* statistics;
+};
+cudaError_t launch_channel_statistics(const ChannelStatisticsParams& params, cudaStream_t stream);
+
+// What a batch norm has per channel; `variance` null: the term is taken as it is.
+struct Norm {
+  const float *mean, *variance, *weight, *bias;
+  float eps;
+};
+
+// output = act(gate * input + sum_k ST(norm_k(term_k))), all of one size. Reads every map once, writes the output.
+struct BatchNormSumParams : StripParams {
+  const void* input;  // or null
+  const void* gate;   // or null
+  int terms;
+  const void* term[kMaxTerms];
+  Norm norm[kMaxTerms];
+  bool relu;
+  void* output;
+};
+cudaError_t launch_batch_norm_sum(const BatchNormSumParams& params, cudaStream_t stream);
+
+// The same with terms of other sizes, bilinear or nearest: their taps come from L1/L2. The plan of strips is not used.
+struct ResampledSumParams : BatchNormSumParams {
+  int64_t batch;
+  SumTilePlan tiles;
+  Axis rows[kMaxTerms], cols[kMaxTerms];
+  bool resampled[kMaxTerms];
+};
+cudaError_t launch_resampled_sum(const ResampledSumParams& params, cudaStream_t stream);
+
+// dm = dy [y > 0], written where `grad_sum` is given, and partial sums over pixels of dm (term - mean), if there is a
+// term, and of dm. Reads dy, y and the term once.
+struct BatchNormSumBackwardParams : StripParams {
+  const void* grad_output;
+  const void* output;  // or null: no ReLU
+  const void* term;    // or null
+  const float* mean;
+  void* grad_sum;  // or null
+  float* sums;     // (blocks * fold, 2 or 1, C)
+};
+cudaError_t launch_batch_norm_sum_backward(const BatchNormSumBackwardParams& params, cudaStream_t stream);
+
+// grad_k = scale_k (grad - sum / count - sum_k (term_k - mean_k) / (count (variance_k + eps))) for terms that share
+// grad. Reads grad and every term once (without sums, no term), writes the results.
+struct BatchNormSumTermsParams : StripParams {
+  const void* grad;
+  int terms;
+  const void* term[kMaxTerms];
+  Norm norm[kMaxTerms];
+  const float* sum;                  // (C,) or null: the statistics are constants
+  const float* term_sum[kMaxTerms];  // (C,)
+  const float* count[kMaxTerms];     // on the device, or null: pixels_counted
+  float pixels_counted;
+  void* grad_term[kMaxTerms];
+};
+cudaError_t launch_batch_norm_sum_terms(const BatchNormSumTermsParams& params, cudaStream_t stream);
 
 // Phase one sums g_k x over the pyramid's tiles, reading x once; phase two adds up the tiles of each window.
 struct PyramidParams {

@@ -42,6 +42,17 @@ struct Recorder : LaunchProbe {
   }
 };
 
+int element_size(ScalarType dtype) { return dtype == ScalarType::kFloat32 ? 4 : 2; }
+
+template <class Params>
+constexpr auto has_batch(int) -> decltype(Params::batch, true) {
+  return true;
+}
+template <class Params>
+constexpr bool has_batch(...) {
+  return false;
+}
+
 // The kernels as a map of 64 channels, projected to 64, launches them.
 py::list kernel_attributes() {
   struct Reset {
@@ -61,7 +72,7 @@ py::list kernel_attributes() {
                                    (channels_last ? ", channels_last>" : ", nchw>");
         const auto run = [&](const char* name, auto launcher, auto params) {
           params.format = format;
-          params.batch = 1;
+          if constexpr (has_batch<decltype(params)>(0)) params.batch = 1;
           params.channels = 64;
           recorder.name = name + suffix;
           launcher(params, nullptr);
@@ -100,6 +111,19 @@ py::list kernel_attributes() {
         GateBackwardParams gate_backward = gather(GateBackwardParams{});
         gate_backward.blocks = 1;
         run("gate_backward", launch_gate_backward, gate_backward);
+        const StripPlan strips = plan_strips(1, 64, 4096, channels_last, element_size(dtype), 16, 1);
+        const auto elementwise = [&](auto params) {
+          params.plan = strips;
+          params.pixels = 4096;
+          return params;
+        };
+        run("channel_statistics", launch_channel_statistics, elementwise(ChannelStatisticsParams{}));
+        run("batch_norm_sum", launch_batch_norm_sum, elementwise(BatchNormSumParams{}));
+        run("batch_norm_sum_backward", launch_batch_norm_sum_backward, elementwise(BatchNormSumBackwardParams{}));
+        run("batch_norm_sum_terms", launch_batch_norm_sum_terms, elementwise(BatchNormSumTermsParams{}));
+        ResampledSumParams sum{};
+        sum.tiles = plan_sum_tile(64, 64, 64, channels_last, element_size(dtype), 16);
+        run("resampled_sum", launch_resampled_sum, sum);
         PyramidParams pyramid{};
         pyramid.pyramid.levels = 4;
         run("pyramid", launch_pyramid, pyramid);

@@ -118,6 +118,39 @@ inline void bind_plans(py::module_& m) {
       },
       py::arg("batch"), py::arg("pixels"), py::arg("channels"), py::arg("out_channels"), py::arg("sms"));
   m.def(
+      "plan_strips",
+      [](int64_t batch, int channels, int64_t pixels, bool channels_last, int element_size, int alignment,
+         int64_t blocks) {
+        const StripPlan plan = plan_strips(batch, channels, pixels, channels_last, element_size, alignment, blocks);
+        py::dict d;
+        d["width"] = plan.width;
+        d["fold"] = plan.fold;
+        d["row_units"] = plan.row_units;
+        d["group_units"] = plan.group_units;
+        d["groups"] = plan.groups;
+        d["rows"] = plan.rows;
+        d["span"] = plan.span;
+        d["blocks"] = plan.blocks;
+        d["pass_rows"] = pass_rows(plan);
+        return d;
+      },
+      py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::kw_only(), py::arg("channels_last") = true,
+      py::arg("element_size") = 2, py::arg("alignment") = 16, py::arg("blocks") = 132 * kSumResident);
+  m.def(
+      "plan_sum_tile",
+      [](int channels, int height, int width, bool channels_last, int element_size, int alignment) {
+        const SumTilePlan plan = plan_sum_tile(channels, height, width, channels_last, element_size, alignment);
+        py::dict d;
+        d["tile"] = py::make_tuple(plan.tiling.tile_height, plan.tiling.tile_width);
+        d["width"] = plan.width;
+        d["run"] = plan.run;
+        d["group"] = plan.group;
+        d["groups"] = plan.groups;
+        return d;
+      },
+      py::arg("channels"), py::arg("height"), py::arg("width"), py::kw_only(), py::arg("channels_last") = true,
+      py::arg("element_size") = 2, py::arg("alignment") = 16);
+  m.def(
       "plan_pyramid",
       [](int64_t batch, int channels, int height, int width, const std::vector<int>& bins, int element_size, int sms) {
         if (bins.empty() || bins.size() > kMaxLevels)

@@ -159,7 +159,7 @@ resample(const ResampleParams p) {
             const int s = kLast ? j : 0;
             if (p.relu && !(scale[s] * before[j] + shift[s] > 0)) result[j] = 0;
             if (j < count) {
-              sums[0][s] += result[j] * before[j];
+              sums[0][s] += result[j] * (before[j] - (p.mean != nullptr ? p.mean[channel + s] : 0.f));
               sums[1][s] += result[j];
             }
             result[j] *= scale[s];

@@ -1,7 +1,46 @@
-"""Fixtures of the tests of compiled CPU kernels."""
+"""Fixtures of the tests of compiled kernels."""
+
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import emulated
+
+
+class OnGpu:
+    """torch.ops.gsto_ops for CPU tensors, by way of the GPU."""
+
+    def __getattr__(self, name):
+        if name == "set_allow_tf32":
+            return lambda allow: setattr(torch.backends.cuda.matmul, "allow_tf32", allow)
+        operator = getattr(torch.ops.gsto_ops, name)
+        return lambda *operands: moved(operator(*moved(operands, "cuda")), "cpu")
+
+
+def moved(value, device):
+    """The tensors in ``value``, lists and tuples of them included, on this device."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+DEVICES = ["emulated", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def cuda_operators(request, tmp_path_factory):
+    """The CUDA operators for CPU tensors: by the emulator, and on a GPU where there is one."""
+    if request.param == "gpu":
+        importlib.import_module("gsto_ops._CUDA")
+        return OnGpu()
+    if emulated.compiler() is None:
+        pytest.skip("no C++ compiler")
+    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
+    return emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(params=["avx512", "avx2", "baseline"])

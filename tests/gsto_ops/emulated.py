@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from gsto_ops.ops import batch_norm_sum
+
 CSRC = Path(__file__).parents[2] / "csrc"
 RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
 SCHEMAS = (
@@ -30,6 +32,10 @@ SCHEMAS = (
     "-> (Tensor, Tensor, Tensor)",
     "upsample_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor logsumexp, "
     "Tensor mass, int ignore_index, str reduction, bool align_corners) -> Tensor",
+    "channel_statistics(Tensor input) -> (Tensor mean, Tensor var)",
+    f"batch_norm_sum{batch_norm_sum.SCHEMA}",
+    f"batch_norm_sum_backward{batch_norm_sum.BACKWARD_SCHEMA}",
+    f"batch_norm_sum_backward_terms{batch_norm_sum.BACKWARD_TERMS_SCHEMA}",
     "set_allow_tf32(bool allow) -> ()",
 )
 

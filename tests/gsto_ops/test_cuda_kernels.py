@@ -3,49 +3,18 @@
 The emulator compiles the sources that nvcc compiles; memory that they have not written holds NaN.
 """
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent))
-import emulated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TINY = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 aten = torch.ops.aten
 
 
-class OnGpu:
-    """torch.ops.gsto_ops for CPU tensors, by way of the GPU."""
-
-    def __getattr__(self, name):
-        if name == "set_allow_tf32":
-            return lambda allow: setattr(torch.backends.cuda.matmul, "allow_tf32", allow)
-        operator = getattr(torch.ops.gsto_ops, name)
-
-        def call(*operands):
-            results = operator(*(o.cuda() if isinstance(o, torch.Tensor) else o for o in operands))
-            return results.cpu() if isinstance(results, torch.Tensor) else tuple(r.cpu() for r in results)
-
-        return call
-
-
-DEVICES = ["emulated", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def ops(request, tmp_path_factory):
-    if request.param == "gpu":
-        importlib.import_module("gsto_ops._CUDA")
-        return OnGpu()
-    if emulated.compiler() is None:
-        pytest.skip("no C++ compiler")
-    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
-    return emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
+@pytest.fixture
+def ops(cuda_operators):
+    return cuda_operators
 
 
 def layout(tensor, channels_last):

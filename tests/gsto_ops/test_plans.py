@@ -139,3 +139,64 @@ def test_pyramids_that_do_not_fit():
         plans.plan_pyramid(1, 8, 10, 10, [])
     with pytest.raises(ValueError, match="mode must be bilinear, avg or nearest, got 'cubic'"):
         plans.axis_taps(3, 4, "cubic")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("element_size, alignment", [(2, 16), (2, 4), (2, 2), (4, 16), (4, 4)])
+@pytest.mark.parametrize(
+    "batch, channels, pixels",
+    [
+        (8, 48, 32768),
+        (2, 18, 117),
+        (2, 18, 118),
+        (1, 36, 2),
+        (3, 130, 20),
+        (1, 2048, 64),
+        (1, 1, 15),
+        (0, 18, 16),
+        (5, 17, 9),
+    ],
+)
+def test_strips_cover_every_element_once(batch, channels, pixels, alignment, element_size, channels_last):
+    plan = plans.plan_strips(
+        batch, channels, pixels, channels_last=channels_last, element_size=element_size, alignment=alignment, blocks=40
+    )
+    assert plan["width"] * element_size <= alignment or plan["width"] == 1
+    assert plan["width"] in (16 // element_size, 4 // element_size, 1)
+    row = channels * plan["fold"] if channels_last else plan["width"]
+    assert plan["row_units"] * plan["width"] == (row if channels_last else pixels)
+    assert plan["rows"] * row * (1 if channels_last else channels) == batch * channels * pixels
+    assert plan["group_units"] * plan["pass_rows"] <= 128 and plan["group_units"] * plan["width"] <= 256
+    beside = plan["groups"] * plan["group_units"] if channels_last else plan["groups"]
+    assert beside - plan["group_units"] < (plan["row_units"] if channels_last else channels) <= beside
+    assert plan["blocks"] * plan["span"] >= plan["rows"] > (plan["blocks"] - 1) * plan["span"] or plan["rows"] == 0
+    assert plan["blocks"] * plan["groups"] <= max(40, plan["groups"])
+    assert plan["fold"] == 1 or channels >= plan["width"]  # a unit has two pixels at most
+
+
+def test_strips_use_wide_accesses_and_most_threads():
+    """W18's and W48's branches, 8 images of 512 x 1024 at 1/4 to 1/32, in 16 bits."""
+    for width in (18, 32, 48):
+        for level in range(4):
+            pixels = 32768 >> 2 * level
+            for channels_last in (False, True):
+                plan = plans.plan_strips(8, width << level, pixels, channels_last=channels_last)
+                assert plan["width"] == 8
+                assert plan["group_units"] * plan["pass_rows"] >= 96
+                assert plan["blocks"] * plan["groups"] >= 64
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "channels, height, width", [(48, 128, 256), (18, 33, 31), (1, 1, 1), (384, 16, 32), (130, 7, 5)]
+)
+def test_tiles_of_a_sum(channels, height, width, channels_last):
+    plan = plans.plan_sum_tile(channels, height, width, channels_last=channels_last)
+    tile_height, tile_width = plan["tile"]
+    assert tile_height * tile_width <= 512 and tile_width % plan["run"] == 0
+    assert (channels if channels_last else width) % plan["width"] == 0
+    units = channels // plan["width"] if channels_last else channels
+    assert plan["group"] * plan["groups"] >= units > plan["group"] * (plan["groups"] - 1)
+    assert (
+        plan["group"] * (plan["width"] if channels_last else 1) <= 256
+    )  # channels whose parameters are in shared memory

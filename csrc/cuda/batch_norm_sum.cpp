@@ -1,0 +1,343 @@
+// torch.ops.gsto_ops.batch_norm_sum and the two passes of its backward on CUDA. The schemas are defined in gsto_ops.
+#include <array>
+
+#include "cuda/binding.h"
+
+namespace gsto::cuda {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// The batch norms of the terms, or none. Holds the tensors that the kernels' pointers lead to.
+class Norms {
+ public:
+  Norms(const Call& call, size_t terms, const Tensors& mean, const Tensors& variance, const Tensors& weight,
+        const Tensors* bias, const std::vector<double>& eps)
+      : eps_(eps) {
+    const char* names[] = {"mean", "var", "weight", "bias"};
+    const Tensors* lists[] = {&mean, &variance, &weight, bias};
+    for (size_t i = 0; i < 4; ++i) {
+      if (lists[i] == nullptr) continue;
+      STD_TORCH_CHECK(lists[i]->size() == mean.size(), "gsto_ops::", call.op, ": ", names[i],
+                      " must have as many entries as mean, ", mean.size(), ", got ", lists[i]->size());
+      for (const Tensor& values : *lists[i]) {
+        call.check(names[i], values, {call.channels}, true);
+        values_[i].push_back(torch::stable::contiguous(values));
+      }
+    }
+    STD_TORCH_CHECK(mean.empty() || mean.size() == terms, "gsto_ops::", call.op,
+                    ": mean, var, weight and bias must have one entry per term (", terms, ") or none, got ",
+                    mean.size());
+    STD_TORCH_CHECK(eps.size() == mean.size(), "gsto_ops::", call.op, ": eps must have as many entries as mean, ",
+                    mean.size(), ", got ", eps.size());
+  }
+
+  Norm operator[](size_t k) const {
+    Norm norm{};
+    if (eps_.empty()) return norm;
+    norm.mean = at(0, k);
+    norm.variance = at(1, k);
+    norm.weight = at(2, k);
+    norm.bias = values_[3].empty() ? nullptr : at(3, k);
+    norm.eps = static_cast<float>(eps_[k]);
+    return norm;
+  }
+
+ private:
+  const float* at(size_t list, size_t k) const { return static_cast<const float*>(values_[list][k].data_ptr()); }
+
+  std::array<Tensors, 4> values_;
+  const std::vector<double>& eps_;
+};
+
+void check_terms(const Call& call, const Tensors& terms) {
+  STD_TORCH_CHECK(!terms.empty() && terms.size() <= kMaxTerms, "gsto_ops::", call.op, ": terms must be 1 to ",
+                  kMaxTerms, " maps on CUDA, got ", terms.size());
+  for (const Tensor& term : terms) {
+    check_map(call.op, term);
+    call.check("a term", term, {call.batch, call.channels, term.size(2), term.size(3)});
+  }
+}
+
+bool same_size(const Tensor& a, const Tensor& b) { return a.size(2) == b.size(2) && a.size(3) == b.size(3); }
+
+struct Sampling {
+  ResampleMode mode;
+  bool align_corners;
+
+  Sampling(const char* op, StringHandle handle, bool align_corners_) : align_corners(align_corners_) {
+    const std::string name = text_of(handle);
+    STD_TORCH_CHECK(name == "bilinear" || name == "nearest", "gsto_ops::", op,
+                    ": mode must be bilinear or nearest, got ", name);
+    mode = name == "nearest" ? ResampleMode::kNearest : ResampleMode::kBilinear;
+  }
+
+  Resampling operator()(const Tensor& term, int height, int width) const {
+    return {make_axis(term.size(2), height, mode, align_corners, 0),
+            make_axis(term.size(3), width, mode, align_corners, 0)};
+  }
+};
+
+Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors mean, Tensors var, Tensors weight,
+               Tensors bias, std::vector<double> eps, bool /*training*/, OptionalTensor /*counts*/,
+               std::optional<StringHandle> group, StringHandle activation, StringHandle mode, bool align_corners) {
+  if (group.has_value()) text_of(*group);  // frees it: whose statistics they are matters in the backward alone
+  const char* op = "batch_norm_sum";
+  const bool relu = is_relu(op, activation);
+  const Sampling sampling(op, mode, align_corners);
+  STD_TORCH_CHECK(input.has_value() || !terms.empty(), "gsto_ops::", op, ": neither input nor terms");
+  STD_TORCH_CHECK(input.has_value() || !gate.has_value(), "gsto_ops::", op, ": gate without input");
+  const Call call(op, input.has_value() ? *input : terms[0]);
+  check_terms(call, terms);
+  call.check("gate", gate, {call.batch, 1, call.height, call.width});
+  const Norms norms(call, terms.size(), mean, var, weight, &bias, eps);
+  const Tensor output = call.new_map(call.channels, call.height, call.width);
+  const OptionalTensor gates = gate.has_value() ? OptionalTensor(torch::stable::contiguous(*gate)) : std::nullopt;
+
+  ResampledSumParams p{};
+  std::vector<const void*> maps = {output.data_ptr()};
+  bool resampled = false;
+  for (size_t k = 0; k < terms.size(); ++k) {
+    terms[k] = call.dense(terms[k]);
+    p.term[k] = terms[k].data_ptr();
+    p.norm[k] = norms[k];
+    p.resampled[k] = !same_size(terms[k], call.input);
+    if (p.resampled[k]) {
+      const Resampling r = sampling(terms[k], call.height, call.width);
+      p.rows[k] = r.rows;
+      p.cols[k] = r.cols;
+      resampled = true;
+    }
+    if (!p.resampled[k] || call.format.channels_last) maps.push_back(p.term[k]);
+  }
+  if (input.has_value()) maps.push_back(p.input = call.input.data_ptr());
+  p.gate = data_of(gates);
+  if (p.gate != nullptr && !call.format.channels_last) maps.push_back(p.gate);
+  p.format = call.format;
+  p.channels = call.channels;
+  p.pixels = call.pixels;
+  p.terms = static_cast<int>(terms.size());
+  p.relu = relu;
+  p.output = output.data_ptr();
+  if (resampled) {
+    p.batch = call.batch;
+    p.tiles = plan_sum_tile(call.channels, call.height, call.width, call.format.channels_last, call.element_size,
+                            alignment_of(maps));
+    call.launched(launch_resampled_sum(p, call.stream));
+  } else {
+    p.plan = call.plan_strips_of(call.batch, maps, false);
+    call.launched(launch_batch_norm_sum(p, call.stream));
+  }
+  return output;
+}
+
+std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, OptionalTensor output, Tensors terms,
+                                             Tensors mean, StringHandle mode, bool align_corners) {
+  const char* op = "batch_norm_sum_backward";
+  const Sampling sampling(op, mode, align_corners);
+  const Call call(op, output.has_value() ? *output : grad_output);
+  call.check("grad_output", grad_output, {call.batch, call.channels, call.height, call.width});
+  check_terms(call, terms);
+  STD_TORCH_CHECK(mean.empty() || mean.size() == terms.size(), "gsto_ops::", op,
+                  ": mean must have one entry per term (", terms.size(), ") or none, got ", mean.size());
+  for (Tensor& values : mean) {
+    call.check("mean", values, {call.channels}, true);
+    values = torch::stable::contiguous(values);
+  }
+  const Tensor dy = call.dense(grad_output);
+  const Tensor grad_sum =
+      output.has_value() ? call.new_map(call.channels, call.height, call.width) : call.new_tensor({0});
+  const Tensor sums = call.new_floats({1 + static_cast<int64_t>(mean.size()), call.channels});
+  float* totals = static_cast<float*>(sums.data_ptr());
+  const auto mean_of = [&](size_t k) { return static_cast<const float*>(mean[k].data_ptr()); };
+
+  // Terms of the output's size have their sums taken on the way, the others are gathered from dm.
+  std::vector<size_t> same, low;
+  Tensors formats_of, gathered;
+  for (size_t k = 0; k < terms.size(); ++k) {
+    if (same_size(terms[k], dy)) {
+      if (!mean.empty()) same.push_back(k);
+    } else {
+      low.push_back(k);
+      formats_of.push_back(terms[k]);
+      gathered.push_back(call.new_map(call.channels, terms[k].size(2), terms[k].size(3)));
+    }
+    terms[k] = call.dense(terms[k]);
+  }
+
+  // A few images at a time where others gather from dm, which then is in L2.
+  const int64_t image_bytes = int64_t{call.channels} * call.pixels * call.element_size;
+  const int64_t step = low.empty() ? call.batch : images_per_chunk(call.batch, image_bytes, kChunkBytes);
+  const int64_t last = call.batch == 0 ? 0 : (call.batch - 1) % step + 1;  // images of the last chunk
+  // Partial sums: `rows` of `columns` x C, of which `used` are there.
+  struct Partial {
+    Tensor sums;
+    int64_t rows, columns, used = 0;
+
+    float* take(int64_t count, int channels) {
+      float* from = static_cast<float*>(sums.data_ptr()) + used * columns * channels;
+      used += count;
+      return from;
+    }
+  };
+  const auto partial_sums = [&](const auto& rows_of, int64_t columns) {
+    const int64_t rows = call.batch == 0 ? 0 : (call.batch - last) / step * rows_of(step) + rows_of(last);
+    return Partial{call.new_floats({rows, columns, call.channels}), rows, columns};
+  };
+  // The first pass takes dm's own sum and that of the first term of its size; one more pass over dm for each further
+  // one.
+  std::vector<Partial> same_sums, low_sums;
+  const size_t passes = std::max<size_t>(1, same.size());
+  const auto plan_of = [&](size_t i, int64_t images) {
+    // All chunks begin as aligned as the maps do, less what the images' size takes away.
+    std::vector<const void*> maps = {dy.data_ptr(), reinterpret_cast<const void*>(step * image_bytes)};
+    if (output.has_value()) maps.insert(maps.end(), {call.input.data_ptr(), grad_sum.data_ptr()});
+    if (!same.empty()) maps.push_back(terms[same[i]].data_ptr());
+    return call.plan_strips_of(images, maps, true);
+  };
+  const auto blocks_of = [&](size_t i, int64_t images) {
+    const Resampling r = sampling(terms[low[i]], call.height, call.width);
+    return persistent_blocks(images * tiles_of(call.plan_taps(r, true).tiling), call.sms);
+  };
+  for (size_t i = 0; i < passes; ++i) {
+    const auto rows_of = [&](int64_t images) {
+      const StripPlan plan = plan_of(i, images);
+      return int64_t{plan.blocks} * plan.fold;
+    };
+    same_sums.push_back(partial_sums(rows_of, same.empty() ? 1 : 2));
+  }
+  for (size_t i = 0; i < low.size() && !mean.empty(); ++i)
+    low_sums.push_back(partial_sums([&](int64_t images) { return int64_t{blocks_of(i, images)}; }, 2));
+
+  for (int64_t first = 0; first < call.batch; first += step) {
+    const int64_t count = std::min(step, call.batch - first);
+    const auto slice = [&](Tensor map) {
+      return count == call.batch ? map : torch::stable::narrow(map, 0, first, count);
+    };
+    const Call part(op, slice(call.input));
+    const Tensor grad = slice(dy), dm = output.has_value() ? slice(grad_sum) : grad;
+    for (size_t i = 0; i < passes; ++i) {
+      const bool masks = i == 0 && output.has_value();
+      BatchNormSumBackwardParams p{};
+      p.format = call.format;
+      p.plan = plan_of(i, count);
+      p.channels = call.channels;
+      p.pixels = call.pixels;
+      p.grad_output = (i == 0 ? grad : dm).data_ptr();
+      p.output = masks ? part.input.data_ptr() : nullptr;
+      p.grad_sum = masks ? dm.data_ptr() : nullptr;
+      const Tensor term = same.empty() ? Tensor() : slice(terms[same[i]]);
+      if (!same.empty()) {
+        p.term = term.data_ptr();
+        p.mean = mean_of(same[i]);
+      }
+      p.sums = same_sums[i].take(int64_t{p.plan.blocks} * p.plan.fold, call.channels);
+      call.launched(launch_batch_norm_sum_backward(p, call.stream));
+    }
+    for (size_t i = 0; i < low.size(); ++i) {
+      const Tensor term = slice(terms[low[i]]), result = slice(gathered[i]);
+      const Resampling r = sampling(term, call.height, call.width);
+      if (mean.empty()) {
+        part.resample_transposed(r, dm, result, std::nullopt);
+        continue;
+      }
+      const int blocks = blocks_of(i, count);
+      ResampleParams p{};
+      p.transposed = true;
+      p.mask = term.data_ptr();
+      p.mean = mean_of(low[i]);
+      p.sums = low_sums[i].take(blocks, call.channels);
+      part.resample_with(p, r, dm, result, blocks);
+    }
+  }
+  // The first C columns are a term's sum, the others dm's own, which is the same for all.
+  const auto finish = [&](const Partial& partial, float* to, float* tail) {
+    const int64_t columns = partial.columns * call.channels;
+    SumRowsParams p{static_cast<const float*>(partial.sums.data_ptr()),
+                    partial.rows,
+                    columns,
+                    tail == nullptr ? call.channels : columns,
+                    ScalarType::kFloat32,
+                    to,
+                    tail,
+                    call.channels};
+    call.launched(launch_sum_rows(p, call.stream));
+  };
+  const auto total_of = [&](size_t k) { return totals + static_cast<int64_t>(1 + k) * call.channels; };
+  if (same.empty()) finish(same_sums[0], totals, nullptr);
+  for (size_t i = 0; i < same.size(); ++i) finish(same_sums[i], total_of(same[i]), i == 0 ? totals : nullptr);
+  for (size_t i = 0; i < low_sums.size(); ++i) finish(low_sums[i], total_of(low[i]), nullptr);
+  for (size_t i = 0; i < low.size(); ++i)
+    gathered[i] = torch::stable::contiguous(gathered[i], memory_format(is_channels_last(formats_of[i])));
+  return {grad_sum, gathered, sums};
+}
+
+Tensors backward_terms(const Tensor& grad_sum, Tensors gathered, Tensors terms, Tensors mean, Tensors var,
+                       Tensors weight, std::vector<double> eps, OptionalTensor sums, OptionalTensor counts) {
+  const char* op = "batch_norm_sum_backward_terms";
+  const Call whole(op, grad_sum);
+  check_terms(whole, terms);
+  const Norms norms(whole, terms.size(), mean, var, weight, nullptr, eps);
+  const int64_t count = static_cast<int64_t>(terms.size());
+  STD_TORCH_CHECK(mean.size() == terms.size(), "gsto_ops::", op, ": one norm per term is needed, got ", mean.size());
+  whole.check("sums", sums, {1 + count, whole.channels}, true);
+  whole.check("counts", counts, {count}, true);
+  const OptionalTensor totals = sums.has_value() ? OptionalTensor(torch::stable::contiguous(*sums)) : std::nullopt;
+  const OptionalTensor pixels = counts.has_value() ? OptionalTensor(torch::stable::contiguous(*counts)) : std::nullopt;
+  const float* sum = static_cast<const float*>(data_of(totals));
+  const float* counted = static_cast<const float*>(data_of(pixels));
+
+  Tensors results(terms.size());
+  // Terms of one size and one layout share a pass if they share their gradient.
+  const auto run = [&](const Tensor& given, const std::vector<size_t>& which) {
+    const Call call(op, terms[which[0]]);
+    call.check("a gradient", given, {call.batch, call.channels, call.height, call.width});
+    const Tensor grad = call.dense(given);
+    Tensors held;
+    std::vector<const void*> maps = {grad.data_ptr()};
+    BatchNormSumTermsParams p{};
+    for (const size_t k : which) {
+      const int i = p.terms++;
+      held.push_back(call.dense(terms[k]));
+      results[k] = call.new_map(call.channels, call.height, call.width);
+      p.term[i] = held.back().data_ptr();
+      p.grad_term[i] = results[k].data_ptr();
+      p.norm[i] = norms[k];
+      if (sum != nullptr) p.term_sum[i] = sum + static_cast<int64_t>(1 + k) * call.channels;
+      if (counted != nullptr) p.count[i] = counted + k;
+      maps.insert(maps.end(), {p.term[i], p.grad_term[i]});
+    }
+    p.format = call.format;
+    p.channels = call.channels;
+    p.pixels = call.pixels;
+    p.plan = call.plan_strips_of(call.batch, maps, false);
+    p.grad = grad.data_ptr();
+    p.sum = sum;
+    p.pixels_counted = static_cast<float>(call.batch * call.pixels);
+    call.launched(launch_batch_norm_sum_terms(p, call.stream));
+  };
+  size_t next = 0;
+  std::vector<size_t> same[2];
+  for (size_t k = 0; k < terms.size(); ++k) {
+    if (same_size(terms[k], grad_sum)) {
+      same[is_channels_last(terms[k])].push_back(k);
+      continue;
+    }
+    STD_TORCH_CHECK(next < gathered.size(), "gsto_ops::", op,
+                    ": gathered must have an entry per term of another size than grad_sum's ", shape_of(grad_sum),
+                    ", got ", gathered.size());
+    run(gathered[next++], {k});
+  }
+  for (const auto& which : same)
+    if (!which.empty()) run(grad_sum, which);
+  return results;
+}
+
+}  // namespace
+}  // namespace gsto::cuda
+
+GSTO_CUDA_OPERATORS(m) {
+  m.impl("batch_norm_sum", TORCH_BOX(&gsto::cuda::forward));
+  m.impl("batch_norm_sum_backward", TORCH_BOX(&gsto::cuda::backward));
+  m.impl("batch_norm_sum_backward_terms", TORCH_BOX(&gsto::cuda::backward_terms));
+}
