@@ -3,24 +3,10 @@
 // The gate is one number per pixel, so W (g x) = g (W x): it is applied to the accumulators. Its logit is summed in
 // float32 from the same staged tiles of x, whatever the product's precision is. Traffic per pixel and image: C + C'
 // elements and the gate.
-#include "cuda/product.h"
+#include "cuda/project_tile.h"
 
 namespace gsto::cuda {
 namespace {
-
-constexpr int kStagedStride = kTilePixels + 4;  // float4 rows, shifted by 4 banks each
-
-template <class T, bool kLast>
-struct ProjectShared {
-  using A = OperandLoader<T, true, true>;
-  using B = OperandLoader<T, kLast, true>;
-  static constexpr size_t kOperands = kOperandBytes<A, B>;
-  static constexpr size_t kStaged = kTileRows * kStagedStride * sizeof(float);
-  static constexpr size_t kUnion = kOperands > kStaged ? kOperands : kStaged;
-  static constexpr size_t kFixed = kUnion + kTilePixels * sizeof(float);
-
-  static size_t bytes(int channels) { return kFixed + static_cast<size_t>(channels) * sizeof(float); }
-};
 
 template <class T, bool kLast, Float32Product kProduct>
 GSTO_KERNEL(kThreads, kProductBlocks)
@@ -76,53 +62,15 @@ project(const ProjectParams p) {
     }
     if (p.output == nullptr) return;
 
-    // Staged as the output wants it: pixels adjacent, or channels adjacent.
-    acc.each([&](int row, int col, float value) {
-      if (p.bias != nullptr || p.relu || p.statistics != nullptr) {
-        const int m = row0 + row;
-        value *= gates[col];
-        if (p.bias != nullptr && m < p.out_channels) value += load_scalar<T>(p.bias, m);
-        if (p.relu && value < 0) value = 0;
-        if (p.statistics != nullptr) {  // of the values that are stored
-          T rounded;
-          from_float(value, rounded);
-          value = to_float(rounded);
-        }
-      } else {
-        value *= gates[col];
-      }
-      staged[kLast ? col * kStagedStride + row : row * kStagedStride + col] = value;
-    });
-    sync_threads();
-    constexpr int kUnits = kTileRows / kVector<T>;
-    for (int unit = tid; unit < kUnits * kTilePixels; unit += kThreads) {
-      const int line = unit / kUnits, along = unit % kUnits * kVector<T>;
-      const int m = row0 + (kLast ? along : line), pixel = kLast ? line : along;
-      if (m >= p.out_channels || pixel >= pixels) continue;
-      const int count = kLast ? p.out_channels - m : pixels - pixel;
-      float values[kVector<T>];
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) values[j] = staged[line * kStagedStride + along + j];
-      T* to = static_cast<T*>(p.output) + offset_of<T, kLast>(image, p.out_channels, p.pixels, m, pixel0 + pixel);
-      store_unit(to, count, whole, values);
+    ProductTile to = {p.output, p.out_channels, p.pixels, image, pixel0, pixels, row0, whole};
+    to.bias = p.bias;
+    to.relu = p.relu;
+    if (p.statistics != nullptr) {
+      to.tiles = tiles * p.batch;
+      to.means = p.statistics + blockIdx.x;
+      to.squares = to.means + p.out_channels * to.tiles;
     }
-    if (p.statistics != nullptr) {  // two threads per channel, each with every other pixel
-      const int row = tid / 2, half = tid % 2, m = row0 + row;
-      const auto value = [&](int pixel) {
-        return staged[kLast ? pixel * kStagedStride + row : row * kStagedStride + pixel];
-      };
-      float mean = 0, squares = 0;
-      for (int pixel = half; pixel < pixels; pixel += 2) mean += value(pixel);
-      mean = (mean + shuffle_xor(mean, 1)) / static_cast<float>(pixels);
-      for (int pixel = half; pixel < pixels; pixel += 2) squares += (value(pixel) - mean) * (value(pixel) - mean);
-      squares += shuffle_xor(squares, 1);
-      if (half == 0 && m < p.out_channels) {
-        const int64_t all = tiles * p.batch;
-        p.statistics[m * all + blockIdx.x] = mean;
-        p.statistics[(p.out_channels + m) * all + blockIdx.x] = squares;
-      }
-    }
-    sync_threads();
+    finish_tile<T, kLast>(acc, gates, staged, to);
   }
 }
 
