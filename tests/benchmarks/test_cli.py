@@ -77,9 +77,10 @@ def test_resuming_with_another_length_and_rate(camvid, run, tmp_path):
     assert [evaluation["step"] for evaluation in metrics["evaluations"]] == [2, 4, 6]
 
 
-def test_validate_repeats_the_figures_of_the_checkpoint(camvid, run, capsys):
+def test_validate_repeats_the_figures_of_the_checkpoint(camvid, run, tmp_path, capsys):
     before = (run / "config.yaml").read_bytes()
     options = [f"--data.root={camvid}", "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.num_workers=0"]
+    options.append(f"--trainer.default_root_dir={tmp_path}")
     assert cli.main(["validate", "-c", "camvid", f"--ckpt_path={run / 'last.ckpt'}", *options]) == 0
     final = json.loads((run / "metrics.json").read_text())["final"]
     printed = [line for line in capsys.readouterr().out.splitlines() if "val/mIoU_ss " in line]
