@@ -356,6 +356,7 @@ def backward(
     logits, window, windows = logits_and_window(r.cols, align_corners)
     height = 1 if windows else BACKWARD_HEIGHT
     grad_input = new_map(input, channels, size[0], size[1])
+    maps = (target, logsumexp, grad_loss) if reduction == "none" else (target, logsumexp)
     launch(
         upsample_cross_entropy_backward_kernel,
         images * ceil_div(size[0], height) * ceil_div(size[1], logits) * ceil_div(channels, CLASSES),
@@ -378,7 +379,7 @@ def backward(
         grad_input.stride(),
         logits,
         ALIGN=align_corners,
-        WIDE=is_wide(input, grad_input, *(m[:, None] for m in (target, logsumexp))),
+        WIDE=is_wide(input, grad_input, *(m[:, None] for m in maps)),
         WINDOWS=windows,
         HEIGHT=height,
         CLASSES=CLASSES,
