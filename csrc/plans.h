@@ -16,6 +16,7 @@ constexpr int kTileRows = 64;    // output channels per product tile
 constexpr int kMaxLevels = 16;   // of a pyramid
 constexpr int kMaxCuts = 128;    // of a pyramid, per axis
 constexpr int kMaxTerms = 8;     // of a sum
+constexpr int kMaxGates = 8;     // of a split
 
 // Blocks of 128 threads that a multiprocessor holds at a time: the products' register limit.
 constexpr int kResident = 3;

@@ -92,7 +92,7 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
   call.check("gate", gate, {call.batch, 1, call.height, call.width});
   const Norms norms(call, terms.size(), mean, var, weight, &bias, eps);
   const Tensor output = call.new_map(call.channels, call.height, call.width);
-  const OptionalTensor gates = gate.has_value() ? OptionalTensor(torch::stable::contiguous(*gate)) : std::nullopt;
+  const OptionalTensor gates = contiguous(gate);
 
   ResampledSumParams p{};
   std::vector<const void*> maps = {output.data_ptr()};
@@ -282,8 +282,8 @@ Tensors backward_terms(const Tensor& grad_sum, Tensors gathered, Tensors terms, 
   STD_TORCH_CHECK(mean.size() == terms.size(), "gsto_ops::", op, ": one norm per term is needed, got ", mean.size());
   whole.check("sums", sums, {1 + count, whole.channels}, true);
   whole.check("counts", counts, {count}, true);
-  const OptionalTensor totals = sums.has_value() ? OptionalTensor(torch::stable::contiguous(*sums)) : std::nullopt;
-  const OptionalTensor pixels = counts.has_value() ? OptionalTensor(torch::stable::contiguous(*counts)) : std::nullopt;
+  const OptionalTensor totals = contiguous(sums);
+  const OptionalTensor pixels = contiguous(counts);
   const float* sum = static_cast<const float*>(data_of(totals));
   const float* counted = static_cast<const float*>(data_of(pixels));
 

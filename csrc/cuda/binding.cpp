@@ -343,14 +343,16 @@ void Call::weight_gradient(const Gradient& dz, const Tensor& x, const OptionalTe
                            const Tensor& weight, const Tensor& grad_weight, const OptionalTensor& grad_bias) const {
   WeightGradientParams p{};
   p.format = format;
-  const PixelRows rows = pixel_rows(batch, per_image, format.channels_last);
+  p.gate = data_of(gate);
+  p.gate_stride = gate.has_value() && batch > 1 ? gate->stride(0) : per_image;
+  // One of several gates per pixel is not dense over the images, which then stay apart.
+  const PixelRows rows = pixel_rows(batch, per_image, format.channels_last && p.gate_stride == per_image);
   p.batch = rows.images;
   p.pixels = rows.pixels;
   p.channels = channels;
   p.out_channels = static_cast<int>(weight.size(0));
   p.gradient = dz;
   p.input = x.data_ptr();
-  p.gate = data_of(gate);
   const SplitPlan plan = plan_weight_gradient(p.batch, p.pixels, p.channels, p.out_channels, sms);
   p.splits = plan.splits;
   p.split_pixels = plan.split_pixels;

@@ -93,6 +93,7 @@ class Call {
   // du = W^T dz of a map of `per_image` pixels.
   void project_transposed(const Gradient& dz, const Tensor& weight, int64_t per_image, const Tensor& du) const;
   Resampling identity() const;
+  // The gate (N, 1, H, W) may be one of the gates of a (N, K, H, W).
   void weight_gradient(const Gradient& dz, const Tensor& x, const OptionalTensor& gate, int64_t pixels,
                        const Tensor& weight, const Tensor& grad_weight, const OptionalTensor& grad_bias) const;
   void sum_rows(const Tensor& sums, int64_t rows, int64_t count, int64_t tail_begin, void* to, void* tail,
@@ -111,6 +112,10 @@ bool is_channels_last(const Tensor& map);
 torch::headeronly::MemoryFormat memory_format(bool channels_last);
 // The largest power of two, at most 16, that divides all the addresses.
 int alignment_of(const std::vector<const void*>& maps);
+
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
 
 inline const void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 

@@ -54,16 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, O
   const Tensor dy = call.dense(grad_output), z = call.dense(output);
   const Tensor rho = torch::stable::contiguous(gate_weight), matrix = torch::stable::contiguous(weight);
   const Tensor gates = torch::stable::contiguous(gate), means = torch::stable::contiguous(mean);
-  const OptionalTensor dgate =
-      grad_gate.has_value() ? OptionalTensor(torch::stable::contiguous(*grad_gate)) : std::nullopt;
+  const OptionalTensor dgate = contiguous(grad_gate);
   const Tensor coefficients = call.new_floats({2, out_channels});
   Gradient dz;
   dz.grad = dy.data_ptr();
   if (grad_mean.has_value() || grad_var.has_value()) {
-    const OptionalTensor dmean =
-        grad_mean.has_value() ? OptionalTensor(torch::stable::contiguous(*grad_mean)) : std::nullopt;
-    const OptionalTensor dvar =
-        grad_var.has_value() ? OptionalTensor(torch::stable::contiguous(*grad_var)) : std::nullopt;
+    const OptionalTensor dmean = contiguous(grad_mean);
+    const OptionalTensor dvar = contiguous(grad_var);
     StatisticsGradientParams p{};
     p.mean = static_cast<const float*>(means.data_ptr());
     p.grad_mean = static_cast<const float*>(data_of(dmean));

@@ -36,8 +36,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
   const Tensor pooled = call.new_tensor({call.batch, call.channels, pyramid.total_bins});
   const Tensor gate = call.new_tensor({call.batch, levels, call.height, call.width});
   const Tensor rho = torch::stable::contiguous(gate_weight);
-  const OptionalTensor bias =
-      gate_bias.has_value() ? OptionalTensor(torch::stable::contiguous(*gate_bias)) : std::nullopt;
+  const OptionalTensor bias = contiguous(gate_bias);
   const Tensor sums =
       call.new_floats({call.batch * pyramid.row_cuts * pyramid.bands * pyramid.col_cuts, levels * call.channels});
   p.format = call.format;
@@ -67,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_pooled, OptionalT
   call.check("gate_weight", gate_weight, {levels, call.channels, 1, 1});
   const Tensor dy = torch::stable::contiguous(grad_pooled), rho = torch::stable::contiguous(gate_weight);
   const Tensor gates = torch::stable::contiguous(gate);
-  const OptionalTensor dgate =
-      grad_gate.has_value() ? OptionalTensor(torch::stable::contiguous(*grad_gate)) : std::nullopt;
+  const OptionalTensor dgate = contiguous(grad_gate);
   const Tensor grad_input = call.new_map(call.channels, call.height, call.width);
   const Tensor grad_gate_weight = call.new_tensor({levels, call.channels, 1, 1}),
                grad_gate_bias = call.new_tensor({levels});

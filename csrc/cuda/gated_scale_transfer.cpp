@@ -81,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   const Tensor dy = call.dense(grad_output);
   const Tensor rho = torch::stable::contiguous(gate_weight), gates = torch::stable::contiguous(gate);
-  const OptionalTensor dgate =
-      grad_gate.has_value() ? OptionalTensor(torch::stable::contiguous(*grad_gate)) : std::nullopt;
+  const OptionalTensor dgate = contiguous(grad_gate);
   const Call::GateOperands operands = {gates, rho, dgate};
   const Call::GateGradients grads = call.new_gate_gradients(gate_weight);
   Gradient dz;

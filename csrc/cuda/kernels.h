@@ -71,9 +71,10 @@ struct WeightGradientParams {
   int channels, out_channels;
   Gradient gradient;
   const void* input;
-  const void* gate;  // or null: 1
-  float* sums;       // (batch * splits, C' * C + C')
-  int splits;        // ranges per image
+  const void* gate;     // or null: 1
+  int64_t gate_stride;  // from image to image
+  float* sums;          // (batch * splits, C' * C + C')
+  int splits;           // ranges per image
   int64_t split_pixels;
 };
 cudaError_t launch_weight_gradient(const WeightGradientParams& params, cudaStream_t stream);
@@ -173,6 +174,45 @@ struct StatisticsGradientParams {
   float *c0, *c1;
 };
 cudaError_t launch_statistics_gradient(const StatisticsGradientParams& params, cudaStream_t stream);
+
+// K gates of one map and what they gate: projected_k = gate_k (W_k x), with the statistics of MergeStatisticsParams,
+// for the first gates, copied_k = gate_k x for the next ones. Reads x once (again from L1/L2), writes all of these.
+struct GatedSplitParams {
+  Format format;
+  int64_t batch, pixels;
+  int channels, gates, projections, copies;
+  const void* input;
+  const void* gate_weight;  // (K, C)
+  const void* gate_bias;    // (K,) or null
+  bool relu;                // of the logits
+  void* gate;               // (N, K, H, W)
+  const void* weight;       // (sum of C_k, C)
+  int row_begin[kMaxGates + 1];
+  void* projected[kMaxGates];
+  float* statistics;  // (2, sum of C_k, tiles)
+  void* copied[kMaxGates];
+  int row_tiles_per_block;
+};
+cudaError_t launch_gated_split(const GatedSplitParams& params, cudaStream_t stream);
+
+// The backward of the above with du_k = d/d(gate_k x) at hand for the first `grads` gates: dl_k = (du_k . x +
+// grad_gate_k) g_k (1 - g_k), dx = sum_k g_k du_k + rho_k dl_k, and partial sums over pixels of dl_k x and of dl_k.
+// Reads x and the du_k once (again from L1/L2), writes dx.
+struct GatedSplitBackwardParams {
+  Format format;
+  int64_t batch, pixels;
+  int channels, gates, grads;
+  const void* input;
+  const void* gate;
+  const void* gate_weight;
+  const void* grad_gate;  // or null
+  const void* grad[kMaxGates];
+  bool relu;
+  void* grad_input;
+  float* sums;  // (blocks, K C + K)
+  int blocks;
+};
+cudaError_t launch_gated_split_backward(const GatedSplitBackwardParams& params, cudaStream_t stream);
 
 // A pass over maps element by element, their pixels being counted as `batch` images.
 struct StripParams {

@@ -92,7 +92,19 @@ py::list kernel_attributes() {
         WeightGradientParams weight = product(WeightGradientParams{});
         weight.splits = 1;
         run("weight_gradient", launch_weight_gradient, weight);
+        GatedSplitParams split{};
+        split.pixels = 4096;
+        split.gates = split.projections = split.row_tiles_per_block = 1;
+        split.row_begin[1] = 64;
+        run("split_project", launch_gated_split, split);
         if (tf32) continue;
+        split.projections = 0;
+        split.copies = 1;
+        run("split_gates", launch_gated_split, split);
+        GatedSplitBackwardParams split_backward{};
+        split_backward.pixels = 4096;
+        split_backward.gates = split_backward.grads = split_backward.blocks = 1;
+        run("split_backward", launch_gated_split_backward, split_backward);
         const auto gather = [&](auto params) {
           params.rows = params.cols = axis;
           params.tiling = plan.tiling;

@@ -24,7 +24,7 @@ weight_gradient(const WeightGradientParams p) {
 
   const Feature<T> dz = feature_of<T, kLast>(p.gradient, image, p.pixels, p.out_channels).shifted(begin);
   Feature<T> x = feature_of<T, kLast>(p.input, image, p.pixels, p.channels);
-  if (p.gate != nullptr) x.scale = static_cast<const T*>(p.gate) + image * p.pixels;
+  if (p.gate != nullptr) x.scale = static_cast<const T*>(p.gate) + image * p.gate_stride;
   x = x.shifted(begin);
 
   Accumulators acc;

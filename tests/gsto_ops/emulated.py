@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gsto_ops.ops import batch_norm_sum
+from gsto_ops.ops import batch_norm_sum, gated_split
 
 CSRC = Path(__file__).parents[2] / "csrc"
 RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
@@ -33,6 +33,8 @@ SCHEMAS = (
     "upsample_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor logsumexp, "
     "Tensor mass, int ignore_index, str reduction, bool align_corners) -> Tensor",
     "channel_statistics(Tensor input) -> (Tensor mean, Tensor var)",
+    f"gated_split{gated_split.SCHEMA}",
+    f"gated_split_backward{gated_split.BACKWARD_SCHEMA}",
     f"batch_norm_sum{batch_norm_sum.SCHEMA}",
     f"batch_norm_sum_backward{batch_norm_sum.BACKWARD_SCHEMA}",
     f"batch_norm_sum_backward_terms{batch_norm_sum.BACKWARD_TERMS_SCHEMA}",

@@ -1,4 +1,7 @@
-"""The CUDA kernels of channel_statistics and batch_norm_sum, by the emulator and on a GPU, against the float64 reference."""
+"""The CUDA kernels of the fusion, gated_split, channel_statistics and batch_norm_sum, against the float64 reference.
+
+They run in the emulator, and on a GPU where there is one.
+"""
 
 import pytest
 import torch
@@ -211,6 +214,93 @@ def test_results_repeat_to_the_bit(ops, channels_last):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+# (N, C, H, W), split, copies, gates
+SPLITS = [
+    ((2, 18, 9, 13), [], 4, 4),
+    ((1, 48, 8, 16), [18], 2, 3),
+    ((3, 130, 4, 5), [70, 3, 20], 0, 4),  # row tiles of several projections; a gate that is only computed
+    ((4, 64, 12, 16), [64, 96], 1, 3),  # several chunks of images
+    ((1, 36, 5, 16), [7, 9], 3, 7),  # more gates than one reading sums
+    ((2, 17, 3, 3), [], 5, 6),
+    ((1, 1, 1, 1), [1], 1, 2),
+    ((0, 18, 4, 4), [5], 1, 2),
+]
+
+
+def make_split(case, dtype, channels_last, activation):
+    shape, split, copies, gates = case
+    channels = shape[1]
+    x = layout(torch.randn(shape).to(dtype), channels_last)
+    rho = (torch.randn(gates, channels, 1, 1) * channels**-0.5).to(dtype)
+    bias = torch.randn(gates).to(dtype) if activation == "relu" else None
+    weight = (torch.randn(sum(split), channels, 1, 1) * channels**-0.5).to(dtype) if split else None
+    return (x, rho, bias, weight), (split, copies, activation)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SPLITS, ids=str)
+def test_gated_split(ops, case, dtype, activation, channels_last):
+    operands, options = make_split(case, dtype, channels_last, activation)
+    x, tolerance = operands[0], 2 * TOLERANCE[dtype]
+    projected, gated, gate, mean, var = ops.gated_split(*operands, *options)
+    assert all(y.stride() == layout(torch.empty(y.shape), channels_last).stride() for y in projected + gated)
+    assert gate.is_contiguous() and mean.dtype == var.dtype == torch.float32
+    grads = [[torch.randn_like(y) for y in maps] for maps in (projected, gated)]
+    # Of gates that only are computed there is no other gradient.
+    grad_gate = torch.randn_like(gate) if gate.shape[1] > len(gated) + len(projected) else None
+    arguments = (*grads, grad_gate, x, gate, operands[1], operands[3], activation)
+    found = ops.gated_split_backward(*arguments)
+    assert found[0].stride() == x.stride()
+    if x.shape[0] == 0:
+        assert not any(grad.any() for grad in found)
+        return
+    exact = reference.gated_split(*wide(operands), *options)
+    for k, (a, b) in enumerate(zip(projected + gated, exact[0] + exact[1], strict=True)):
+        assert_near(a, b, tolerance, f"map {k}")
+    assert_near(gate, exact[2], tolerance, "gate")
+    if projected:  # the statistics are those of the maps as they are stored
+        statistics = [reference.channel_statistics(z.double()) for z in projected]
+        assert_near(mean, torch.cat([m for m, _ in statistics]), 1e-5, "mean")
+        assert_near(var, torch.cat([v for _, v in statistics]), 1e-5, "var")
+    exact = reference.gated_split_backward(*wide(arguments))
+    eager = reference.gated_split_backward(*arguments)
+    names = ("input", "gate_weight", "gate_bias", "weight")
+    for name, a, b, e in zip(names, found, exact, eager, strict=True):
+        same_dtype = 0 if b.numel() == 0 else ((e.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+        assert_near(a, b, 2 * same_dtype + 2 * TOLERANCE[dtype], f"gradient of {name}")
+
+
+def test_gated_split_of_any_strides(ops, channels_last):
+    """Views and expanded gradients give what dense operands give, to the bit; and so does a second call."""
+    (x, rho, _, weight), options = make_split(SPLITS[3], torch.bfloat16, channels_last, "none")
+    view = torch.cat([x, x], 1)[:, : x.shape[1]]
+    narrow = torch.cat([weight, weight], 1)[:, : weight.shape[1]]
+    runs = []
+    for given, matrix in ((x, weight), (view, narrow)):
+        projected, gated, gate, mean, var = ops.gated_split(given, rho, None, matrix, *options)
+        seed = torch.tensor(0.5).bfloat16()
+        grads = [[seed.expand(y.shape) for y in maps] for maps in (projected, gated)]
+        if given is x:
+            grads = [[layout(g, channels_last) for g in maps] for maps in grads]
+        found = ops.gated_split_backward(*grads, None, given, gate, rho, matrix, "none")
+        runs.append([*projected, *gated, gate, mean, var, *found])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gates_do_not_use_tf32(ops, channels_last):
+    """Where TF32 is allowed, projections use it and gates do not: they are sums of the product's operands, not of its results."""
+    (x, rho, bias, weight), options = make_split(SPLITS[3], torch.float32, channels_last, "relu")
+    exact = reference.gated_split(*wide((x, rho, bias, weight)), *options)
+    ops.set_allow_tf32(True)
+    projected, gated, gate, _, _ = ops.gated_split(x, rho, bias, weight, *options)
+    ops.set_allow_tf32(False)
+    assert_near(gate, exact[2], 1e-6, "gate")
+    assert_near(gated[0], exact[1][0], 1e-6, "gated")
+    error = (projected[0].double() - exact[0][0]).abs().max() / exact[0][0].abs().max()
+    assert 1e-5 < error < 5e-3
+
+
 def test_bad_operands_are_named(ops):
     x, c = torch.randn(1, 4, 5, 5), torch.ones(4)
     norms, tail = ([c], [c], [c], [c], [1e-5]), (True, None, None, "relu", "bilinear", False)
@@ -228,3 +318,12 @@ def test_bad_operands_are_named(ops):
         ops.batch_norm_sum(None, x[:, :1], [x], *norms, *tail)
     with pytest.raises(RuntimeError, match="gathered must have an entry per term of another size"):
         ops.batch_norm_sum_backward_terms(x, [], [x[..., :2]], *norms[:3], norms[4], None, None)
+    rho, weight = torch.randn(2, 4, 1, 1), torch.randn(3, 4, 1, 1)
+    with pytest.raises(RuntimeError, match="1 projections and 2 copies need as many gates, got 2"):
+        ops.gated_split(x, rho, None, weight, [3], 2, "none")
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(4, 4, 1, 1\)"):
+        ops.gated_split(x, rho, None, weight, [3, 1], 0, "none")
+    with pytest.raises(RuntimeError, match="weight must be None for 0 projections"):
+        ops.gated_split(x, rho, None, weight, [], 1, "none")
+    with pytest.raises(RuntimeError, match="gate_weight must have 1 to 8 gates on CUDA"):
+        ops.gated_split(x, torch.randn(9, 4, 1, 1), None, None, [], 1, "none")
