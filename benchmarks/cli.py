@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "validate": "evaluate: gsto validate -c CONFIG --ckpt_path FILE [--key value ...]",
     "test": "predict a test set, as files to submit: gsto test -c CONFIG --ckpt_path FILE [--key value ...]",
     "predict": "predict a folder of images: gsto predict -c CONFIG --ckpt_path FILE --data.images FOLDER",
+    "compare": "put runs side by side: gsto compare RUN RUN ...",
     "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
     "info": "what is built, what will run here, and why",
@@ -70,6 +72,10 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
         from .visualize import run
 
         run(argv[1:], COMMANDS["visualize"])
+    elif command == "compare":
+        from .training.compare import run
+
+        run(argv[1:], COMMANDS["compare"])
     elif command in ("prepare", "verify"):
         from .segmentation.prepare import run_prepare, run_verify
 
@@ -125,7 +131,8 @@ def _with_bases(file: Path) -> list[Path]:
 def _help() -> str:
     lines = ["usage: gsto COMMAND [options]      (gsto COMMAND --help tells more)", ""]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", f"shipped configurations for -c: {', '.join(shipped_configs())}"])
+    shipped = textwrap.fill(f"shipped configurations for -c: {', '.join(shipped_configs())}", 120)
+    return "\n".join([*lines, "", shipped])
 
 
 def _demo(argv: list[str]) -> None:

@@ -152,11 +152,8 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        batch, accumulate, ranks = (
-            self.datamodule.batch_size,
-            self.trainer.accumulate_grad_batches,
-            self.trainer.world_size,
-        )
+        batch, accumulate = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
+        ranks = self.trainer.world_size
         rank_zero_info(
             f"{batch * accumulate * ranks} images per step = {batch} at once x {accumulate} x {ranks} processes"
         )

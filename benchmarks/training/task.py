@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from ..sampling import run_seed
+from .graph import GraphedLoss, check_cuda_graph
 from .loss_watch import LossWatch
 from .optimization import OPTIMIZERS, SCHEDULES, make_optimizer, multistep_factor, poly_factor
 
@@ -32,6 +33,7 @@ class TrainingTask(LightningModule, ABC):
         gamma: factor of "multistep".
         channels_last: run the network on channels-last tensors.
         compile: run the network through torch.compile.
+        cuda_graph: replay forward and backward pass as CUDA graphs; for one GPU, without accumulation. Not run on a GPU yet.
 
     Attributes:
         headline: name of the metric, the higher the better, that chooses best.ckpt.
@@ -58,6 +60,7 @@ class TrainingTask(LightningModule, ABC):
         gamma: float = 0.1,
         channels_last: bool = False,
         compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         for argument, value in (("lr", lr), ("poly_power", poly_power), ("gamma", gamma)):
@@ -70,7 +73,7 @@ class TrainingTask(LightningModule, ABC):
         self.optimizer, self.schedule, self.poly_power = optimizer, schedule, poly_power
         self.milestones, self.gamma = milestones, gamma
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.compile_network = compile
+        self.compile_network, self.cuda_graph = compile, cuda_graph
 
     def use(self, network: nn.Module) -> None:
         """Take the network that is trained."""
@@ -97,6 +100,8 @@ class TrainingTask(LightningModule, ABC):
             return
         if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        if self.cuda_graph:
+            check_cuda_graph(self.trainer, self.compile_network)
         if self.compile_network:
             self.network.compile()  # in place, so that the names in checkpoints stay
 
@@ -110,6 +115,7 @@ class TrainingTask(LightningModule, ABC):
         if total == float("inf"):
             raise ValueError("the learning rate decays over the whole run: trainer.max_epochs or max_steps must be set")
         self.total_steps = int(total)
+        self.step_loss = GraphedLoss(self) if self.cuda_graph else self.training_loss
         self.loss_watch = LossWatch(Path(self.trainer.default_root_dir), self.global_rank)
 
     def learning_rate(self) -> float:
@@ -129,7 +135,7 @@ class TrainingTask(LightningModule, ABC):
             group["lr"] = self.learning_rate()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.training_loss(batch)
+        loss = self.step_loss(batch)
         self.loss_watch.put(loss.detach(), batch, self.global_step, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch[0]))

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
-from toy_task import ToyTask
+from toy_task import ToySet, ToyTask
 
-from gsto_benchmarks.errors import UsageError
+from gsto_benchmarks import cli
+from gsto_benchmarks.errors import DataError, UsageError
 from gsto_benchmarks.training.batches import share_batch
 from gsto_benchmarks.training.optimization import make_optimizer, multistep_factor
 from gsto_benchmarks.training.table import MetricsTable
@@ -171,6 +172,16 @@ def test_other_errors_stay(toy):
     assert explain(FileNotFoundError(errno.ENOENT, "no such file"), 12, "runs/x") is None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_sample_is_named_in_one_line(toy, capsys, monkeypatch, workers):
+    def broken(self, item):
+        raise DataError("street.png: not an image that can be read")
+
+    monkeypatch.setattr(ToySet, "__getitem__", broken)
+    assert toy("run", f"--data.num_workers={workers}") == 2
+    assert capsys.readouterr().err.endswith("gsto: street.png: not an image that can be read\n")
+
+
 def test_too_little_memory_ends_with_one_line(toy, capsys, monkeypatch):
     def too_large(self, batch):
         return torch.empty(2**50)
@@ -179,3 +190,20 @@ def test_too_little_memory_ends_with_one_line(toy, capsys, monkeypatch):
     assert toy("run") == 1
     error = capsys.readouterr().err
     assert "too little main memory for batches of 4 images" in error and "Traceback" not in error
+
+
+def test_compare(toy, tmp_path, capsys):
+    for name, rate in (("slow", 0.01), ("fast", 0.1)):
+        assert toy(name, f"--model.lr={rate}") == 0
+    runs = [str(tmp_path / name) for name in ("slow", "fast")]
+    capsys.readouterr()
+    assert cli.main(["compare", *runs, "--metric=val/score", f"--out={tmp_path / 'compare.png'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with open(tmp_path / "fast" / "metrics.csv", newline="") as file:
+        scores = [float(row["val/score"]) for row in csv.DictReader(file) if row["val/score"]]
+    assert lines[3].startswith(f"| {runs[1]} | 18 |") and lines[3].endswith(f"| {scores[-1]:.3f} | {max(scores):.3f} |")
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert cli.main(["compare", *runs]) == 2
+    assert "has no val/mIoU_ss; evaluations in it: val/score" in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path)]) == 2
+    assert "metrics.csv: no such file" in capsys.readouterr().err
