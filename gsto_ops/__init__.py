@@ -10,6 +10,7 @@ from . import reference
 from .backends import available_backends, use_backend
 from .convert import convert
 from .convert_graph import ConversionReport
+from .fold import fold
 from .functional import (
     affine_scale_transfer,
     gated_projection,
@@ -28,6 +29,7 @@ __all__ = [
     "affine_scale_transfer",
     "available_backends",
     "convert",
+    "fold",
     "gated_norm_transfer",
     "gated_projection",
     "gated_pyramid_pool",

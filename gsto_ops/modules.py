@@ -29,7 +29,8 @@ def gated_norm_transfer(
 ) -> Tensor:
     """Gate, multiply, project, normalise, activate, resample (Fig. 2), with as few passes over memory as ``norm`` allows.
 
-    - No norm, or a batch norm in eval mode (folded into the projection): one operator, ``gated_scale_transfer``.
+    - No norm (None or ``nn.Identity``), or a batch norm in eval mode, which is folded into the projection: one operator,
+      ``gated_scale_transfer``.
     - A batch norm in training mode: two operators, ``gated_projection``, whose epilogue makes the batch statistics, and
       ``affine_scale_transfer``; no normalised map is written. Running statistics are updated as by ``nn.BatchNorm2d``.
     - Any other norm (SyncBatchNorm, GroupNorm, ...): it runs by itself between the two.
@@ -46,7 +47,7 @@ def gated_norm_transfer(
         ValueError, TypeError: as ``gated_scale_transfer``; a batch norm in training mode with one value per channel.
     """
     gate = (gate_weight, gate_bias)
-    if norm is None:
+    if norm is None or type(norm) is nn.Identity:
         return gated_scale_transfer(input, *gate, projection.weight, projection.bias, activation=activation, **transfer)
     if type(norm) is not nn.BatchNorm2d or not norm.affine or projection.bias is not None:
         output = norm(gated_scale_transfer(input, *gate, projection.weight, projection.bias, scale_factor=1))

@@ -3,6 +3,7 @@
 from .checkpoints import LoadReport, load_checkpoint, read_checkpoint, save_checkpoint
 from .complexity import Complexity, complexity
 from .config import Options
+from .fold import fold
 from .gates import record_gates
 from .hrnet import HRNet
 from .opening import absorb_initial_gates
@@ -21,6 +22,7 @@ __all__ = [
     "absorb_initial_gates",
     "complexity",
     "create_model",
+    "fold",
     "fold_scales",
     "list_models",
     "load_checkpoint",
