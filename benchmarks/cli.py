@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "put runs side by side: gsto compare RUN RUN ...",
     "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
+    "export": "write a network as ONNX or as a torch.export program, checked against the network itself",
     "info": "what is built, what will run here, and why",
 }
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .convert import run
 
             run(argv[1:], COMMANDS["convert"])
+        elif command == "export":
+            from .export import run
+
+            run(argv[1:], COMMANDS["export"])
         else:
             return _run_with_trainers(command, argv)
     except UsageError as error:

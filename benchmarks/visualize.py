@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ import gsto_models
 import gsto_ops
 
 from .errors import UsageError
+from .networks import load_network
 from .quiet import quieten
-from .segmentation import SegmentationTask
 from .segmentation.montage import Panel, save_montage
 from .segmentation.transforms import normalize
 
@@ -45,37 +44,6 @@ class Insight:
     class_maps: dict[str, np.ndarray] = field(default_factory=dict)
     prediction: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     pose: bool = False
-
-
-def load_network(name: str, checkpoint: Path | None = None) -> nn.Module:
-    """A network to look at, in eval mode.
-
-    Args:
-        name: of `gsto_models.list_models()`.
-        checkpoint: weights of any layout that `gsto_models.load_checkpoint` knows, or a checkpoint of `gsto fit` or `gsto
-            demo`, which brings the options of its network along. None for fresh weights.
-
-    Raises:
-        ValueError: an unknown name, a checkpoint of another network. FileNotFoundError: no such file.
-    """
-    if checkpoint is None:
-        return gsto_models.create_model(name).eval()
-    if not _has_options(checkpoint):
-        return gsto_models.create_model(name, pretrained=checkpoint).eval()
-    task = SegmentationTask.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    if task.hparams.name != name:
-        raise ValueError(f"{checkpoint} holds a {task.hparams.name}, not a {name}")
-    return task.network.eval()
-
-
-def _has_options(checkpoint: Path) -> bool:
-    """Whether a file is a checkpoint of the trainers; a file that cannot be read is not, and is reported by its loader."""
-    if checkpoint.suffix == ".safetensors" or not checkpoint.is_file():
-        return False
-    try:
-        return "hyper_parameters" in torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError):
-        return False
 
 
 @torch.inference_mode()

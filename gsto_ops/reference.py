@@ -24,10 +24,30 @@ def scale_transfer(
         return input
     scale_h, scale_w = scale_factors or (None, None)
     if mode == "avg":
-        return F.adaptive_avg_pool2d(input, size)
+        return adaptive_pool(input, size)
     if mode == "bilinear":
         return aten.upsample_bilinear2d(input, size, align_corners, scale_h, scale_w)
     return aten.upsample_nearest2d(input, size, scale_h, scale_w)
+
+
+def adaptive_pool(input: Tensor, size: tuple[int, int]) -> Tensor:
+    """``F.adaptive_avg_pool2d``, in a form whose windows follow the input's size in an exported program too.
+
+    ONNX has no adaptive pooling: converters freeze the windows that the example's size gives.
+    """
+    lengths = (*input.shape[-2:], *size)
+    if not torch.compiler.is_exporting() or not any(isinstance(length, torch.SymInt) for length in lengths):
+        return F.adaptive_avg_pool2d(input, size)
+    rows, cols = (_pooling(i, o, input) for i, o in zip(input.shape[-2:], size, strict=True))
+    return rows @ (input @ cols.mT)
+
+
+def _pooling(inputs: int, outputs: int, like: Tensor) -> Tensor:
+    """Adaptive pooling along one axis as a matrix (outputs, inputs)."""
+    o, i = (torch.arange(count, device=like.device)[:, None] for count in (outputs, inputs))
+    start, end = o * inputs // outputs, ((o + 1) * inputs + outputs - 1) // outputs
+    inside = (i.mT >= start) & (i.mT < end)
+    return inside.to(like.dtype) / (end - start).to(like.dtype)
 
 
 def scale_transfer_backward(
@@ -223,7 +243,7 @@ def gated_pyramid_pool(
     Returns (pooled, gate): (N, C, Σ b²), bin after bin, each flattened; (N, K, H, W).
     """
     gate = F.conv2d(input, gate_weight, gate_bias).sigmoid()
-    pooled = [F.adaptive_avg_pool2d(gate[:, k : k + 1] * input, b).flatten(2) for k, b in enumerate(bins)]
+    pooled = [adaptive_pool(gate[:, k : k + 1] * input, (b, b)).flatten(2) for k, b in enumerate(bins)]
     return torch.cat(pooled, 2), gate
 
 

@@ -135,7 +135,7 @@ class HRNet(nn.Module):
         if predicted:
             class_map = predictor(levels)
         if transferred:
-            size = (-(-lowest.shape[2] // 2), -(-lowest.shape[3] // 2))
+            size = ((lowest.shape[2] + 1) // 2, (lowest.shape[3] + 1) // 2)
             output, supervised_map = new(levels, size)
             return [*kept, output], class_map if supervised_map is None else supervised_map
         if gate is not None:

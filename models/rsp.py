@@ -37,8 +37,8 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, position: Tensor)
     """
     (n, _, height, width), (h, w) = query.shape, key.shape[-2:]
     heads, d, cells = position.shape
-    r = -(-height // h)
-    if (-(-height // r), -(-width // r)) != (h, w) or value.shape[-2:] != key.shape[-2:]:
+    r = (height + h - 1) // h
+    if ((height + r - 1) // r, (width + r - 1) // r) != (h, w) or value.shape[-2:] != key.shape[-2:]:
         raise ValueError(
             f"query must be larger than key and value by an integer factor (rounded up), "
             f"got sizes {height}x{width}, {h}x{w} and {value.shape[-2]}x{value.shape[-1]}"

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from gsto_benchmarks import cli
+from gsto_benchmarks.networks import load_network
 from gsto_benchmarks.segmentation import SegmentationTask, make_scene
 from gsto_benchmarks.segmentation.montage import Panel, class_colors, save_montage
-from gsto_benchmarks.visualize import load_network, look, visualize
+from gsto_benchmarks.visualize import look, visualize
 from gsto_models import create_model, save_checkpoint
 
 GSTO, PLAIN = "gsto_hrnet_w18_small_v2", "hrnetv2_w18_small_v2"
