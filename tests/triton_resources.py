@@ -62,6 +62,17 @@ SUMS = [
     (1, 130, (31, 45), False, [(31, 45)] * 4, "bilinear"),
     (2, 18, (64, 128), True, [(64, 128)], "nearest"),
 ]
+# batch, channels, size, rows of the projections, gated copies
+SPLITS = [
+    (8, 48, (128, 256), [], 3),
+    (8, 96, (64, 128), [48], 2),
+    (8, 192, (32, 64), [96, 48], 1),
+    (8, 384, (16, 32), [192, 96, 48], 0),
+    (2, 36, (65, 129), [18], 3),
+    (1, 18, (33, 65), [], 4),
+    (1, 720, (16, 32), [60], 1),
+    (1, 520, (16, 32), [], 2),
+]
 PYRAMIDS = [(8, 2048, (64, 128), (1, 2, 3, 6)), (1, 130, (33, 17), (1, 2, 3, 6, 8)), (2, 18, (9, 13), (20,))]
 
 
@@ -125,9 +136,23 @@ def run_sums(dtype: torch.dtype, last: bool, quick: bool) -> None:
             batch_norm_sum.backward(y, None, terms, [], mode, False)
 
 
+def run_splits(dtype: torch.dtype, last: bool, quick: bool) -> None:
+    """gated_split with both forms of gates."""
+    from gsto_ops.triton import gated_split
+
+    vector = partial(torch.empty, dtype=dtype, device="meta")
+    for batch, c, hw, split, copies in SPLITS[:3] if quick else SPLITS:
+        x, gates = map_of(batch, c, *hw, dtype=dtype, last=last), len(split) + copies + 1
+        rho, weight = vector(gates, c, 1, 1), vector(sum(split), c, 1, 1) if split else None
+        for activation, bias in (("none", None), ("relu", vector(gates))):
+            projected, gated, gate, _, _ = gated_split.forward(x, rho, bias, weight, split, copies, activation)
+            gated_split.backward(projected, gated, gate if bias is None else None, x, gate, rho, weight, activation)
+
+
 def run_operators(dtype: torch.dtype, last: bool, quick: bool) -> None:
     """Every operator, forward and backward, on tensors without data: the launchers do all but launch."""
     run_sums(dtype, last, quick)
+    run_splits(dtype, last, quick)
     from gsto_ops.triton import (
         affine_scale_transfer,
         gated_projection,
@@ -194,10 +219,11 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
         pyramid,
         reduce,
         resample,
+        split,
         upsample_cross_entropy,
     )
 
-    modules = (gate, norm, norm_backward, product, pyramid, reduce, resample, upsample_cross_entropy)
+    modules = (gate, norm, norm_backward, product, pyramid, reduce, resample, split, upsample_cross_entropy)
 
     triton.runtime.driver.set_active(OfflineDriver(architecture))
     target = configs.Target(f"sm_{architecture}", MULTIPROCESSORS[architecture], "offline")

@@ -71,6 +71,14 @@ _SM_80 = {
     ("resample", 4): Limits(128, 2048, 64, 1, 4, 1),
     ("resample_transposed", 2): Limits(128, 2048, 64, 1, 4, 1),
     ("resample_transposed", 4): Limits(128, 2048, 64, 1, 4, 1),
+    ("gated_split", 2): Limits(128, 16384, 512, 32, 8, 2),
+    ("gated_split", 4): Limits(64, 4096, 32, 32, 8, 2),
+    ("gated_split_copies", 2): Limits(128, 8192, 512, 1, 8, 1),
+    ("gated_split_copies", 4): Limits(128, 8192, 512, 1, 8, 1),
+    ("gated_split_backward", 2): Limits(64, 8192, 256, 32, 8, 2),
+    ("gated_split_backward", 4): Limits(64, 4096, 128, 16, 8, 2),
+    ("gated_split_backward_copies", 2): Limits(128, 4096, 512, 1, 8, 1),
+    ("gated_split_backward_copies", 4): Limits(128, 4096, 512, 1, 8, 1),
     ("channel_statistics", 2): Limits(256, 4096, 64, 1, 8, 1),
     ("channel_statistics", 4): Limits(256, 4096, 64, 1, 8, 1),
     ("batch_norm_sum", 2): Limits(256, 4096, 64, 1, 4, 1),
@@ -106,7 +114,16 @@ WAVES = 4  # programs per multiprocessor below which tiles shrink
 MAX_SUMS = 64 << 20  # bytes of partial sums
 
 # Kernels whose tile holds all channels of a pixel up to the limit, so that its pixels follow from the channels.
-_WHOLE_PIXELS = ("gate_pool", "gate_pool_project", "gate_backward", "project_backward")
+_WHOLE_PIXELS = (
+    "gate_pool",
+    "gate_pool_project",
+    "gate_backward",
+    "project_backward",
+    "gated_split",
+    "gated_split_copies",
+    "gated_split_backward",
+    "gated_split_backward_copies",
+)
 _PRODUCTS = (
     "project",
     "weight_gradient",
@@ -115,6 +132,8 @@ _PRODUCTS = (
     "pool",
     "pyramid_logits",
     "pyramid_grad_input",
+    "gated_split",
+    "gated_split_backward",
 )
 # Over ranges of pixels, see splits() and resident_splits().
 _SPLIT = ("weight_gradient", "pool", "channel_statistics", "batch_norm_sum_backward")
@@ -125,6 +144,10 @@ _ONE_ROW = (
     "pool",
     "pyramid_logits",
     "pyramid_grad_input",
+    "gated_split",
+    "gated_split_copies",
+    "gated_split_backward",
+    "gated_split_backward_copies",
     "channel_statistics",
     "batch_norm_sum_backward",
     "batch_norm_sum_backward_terms",
@@ -137,6 +160,8 @@ def power_of_2(n: int) -> int:
 
 
 def _least_pixels(kernel: str) -> int:
+    if kernel in ("gated_split", "gated_split_backward"):
+        return 32  # every tile reads all of W from L2: 258 KB at 384 channels, as much as 340 of its pixels
     return 16 if kernel in _PRODUCTS else 4
 
 
@@ -174,10 +199,8 @@ def _shape(problem: Problem, pixels: int) -> tuple[int, int]:
 def _fitted(problem: Problem, limits: Limits, pixels: int) -> Config:
     least = 16 if problem.kernel in _PRODUCTS else 1
     channels = min(max(power_of_2(problem.channels), least), limits.channels)
-    if problem.kernel == "project_backward" and channels < problem.channels:
+    if problem.kernel in _WHOLE_PIXELS and channels < problem.channels:
         channels = min(channels, 128)  # blocks of channels, each computed twice
-    elif problem.kernel == "gate_backward" and channels < problem.channels:
-        channels = min(channels, 128)
     out_channels = min(max(power_of_2(problem.out_channels), least), limits.out_channels)
     block = out_channels if problem.kernel == "project" else channels
     pixels = max(_least_pixels(problem.kernel), min(pixels, limits.pixels, limits.elements // block))

@@ -247,6 +247,7 @@ def weight_gradient_kernel(
     grad_strides,
     z_strides,
     input_strides,
+    gate_strides,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -287,7 +288,8 @@ def weight_gradient_kernel(
         x = tl.load(input + image * input_strides[0] + offsets(h, w, c, input_strides, LAST), mask=mask, other=0.0)
         total += sum_pixels(dz.to(tl.float32), LAST)
         if gate is not None:
-            g = tl.load(gate + (image * height + h) * width + w, mask=valid, other=0.0).to(tl.float32)
+            at = image * gate_strides[0] + h * gate_strides[2] + w * gate_strides[3]
+            g = tl.load(gate + at, mask=valid, other=0.0).to(tl.float32)
             dz = (dz.to(tl.float32) * by_pixel(g, LAST)).to(x.dtype)
         dz = dz.to(x.dtype)
         if LAST:
@@ -305,7 +307,8 @@ def weight_gradient(
 ) -> None:
     """grad_weight = the sum over pixels of dz (g x)^T, grad_bias that of dz."""
     channels, out_channels = input.shape[1], dz.grad.shape[1]
-    pixels = merged(*dz.maps, input)
+    maps = (*dz.maps, input, input if gate is None else gate)
+    pixels = merged(*maps)
     problem = configs.Problem(
         "weight_gradient", input.dtype, is_last(input), channels, out_channels, *pixels[:3], precision=precision()
     )
@@ -340,7 +343,7 @@ def weight_gradient(
             *pixels.strides,
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=is_wide(*dz.maps, input) or out_channels * channels >= 2**31,
+            WIDE=is_wide(*maps) or out_channels * channels >= 2**31,
             BLOCK_P=config.width,
             BLOCK_O=config.out_channels,
             BLOCK_C=config.channels,

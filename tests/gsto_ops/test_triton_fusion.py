@@ -1,4 +1,4 @@
-"""The Triton kernels of batch_norm_sum and channel_statistics in Triton's interpreter, against float64.
+"""The Triton kernels of gated_split, batch_norm_sum and channel_statistics in Triton's interpreter, against float64.
 
 The sweeps (sweep_*) run in a process of their own: see test_triton_kernels.py.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import gsto_ops  # noqa: F401  (defines the operators)
 from gsto_ops import reference
+from gsto_ops.ops import layout_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import interpreted
@@ -197,14 +198,91 @@ def sweep_statistics_survive_large_means_and_outliers(monkeypatch, last):
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
 
 
+# batch, channels, size, rows of the projections, gated copies, gates without either, activation
+SPLITS = [
+    (2, 18, (4, 5), [3, 17], 2, 0, "none"),
+    (1, 96, (3, 11), [48], 2, 1, "relu"),  # one tile of all channels in 16 bits, blocks of channels in 32
+    (1, 130, (5, 7), [70], 0, 1, "none"),
+    (2, 48, (3, 4), [], 3, 1, "relu"),
+    (3, 1, (4, 4), [1, 1, 2], 0, 1, "none"),
+    (1, 300, (3, 3), [20, 5], 1, 0, "relu"),  # blocks of channels both ways
+    (1, 520, (2, 2), [], 2, 0, "none"),
+    (2, 36, (1, 1), [18], 1, 0, "none"),
+]
+
+
+@layouts
+@pytest.mark.parametrize(
+    "case, dtype", [(c, torch.float32) for c in SPLITS] + [(c, d) for c in SPLITS[1:4] for d in DTYPES[1:]], ids=str
+)
+def sweep_gated_split(case, dtype, last):
+    batch, channels, size, split, copies, others, activation = case
+    gates = len(split) + copies + others
+    x = layout(parameter(batch, channels, *size, dtype=dtype), last)
+    rho = parameter(gates, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
+    bias = parameter(gates, dtype=dtype) if activation == "relu" else None
+    weight = parameter(sum(split), channels, 1, 1, dtype=dtype, scale=channels**-0.5) if split else None
+    operands = (x, rho, bias, weight, split, copies, activation)
+    projected, gated, gate, mean, var = check("output", OPS.gated_split, reference.gated_split, operands, dtype)
+    assert all(g.stride() == x.stride() for g in gated) and gate.is_contiguous()
+    assert [z.stride() for z in projected] == [
+        layout(z, layout_of(x) == torch.channels_last).stride() for z in projected
+    ]
+    assert mean.dtype == var.dtype == torch.float32 and len(mean) == len(var) == sum(split)
+
+    grads = [[parameter(*m.shape, dtype=dtype) for m in maps] for maps in (projected, gated)]
+    grads = [[layout(g, k % 2 == 0) for k, g in enumerate(found)] for found in grads]
+    for grad_gate in (parameter(*gate.shape, dtype=dtype), None)[: 2 if dtype == torch.float32 else 1]:
+        operands = (*grads, grad_gate, x, gate, rho, weight, activation)
+        found = check(
+            "gradient",
+            OPS.gated_split_backward,
+            reference.gated_split_backward,
+            operands,
+            dtype,
+            0.5 * (x.numel() // channels) ** 0.5,
+        )
+        assert found[0].stride() == x.stride()
+
+
+@layouts
+def sweep_gradients_of_gated_split(last):
+    """All the way through autograd, against autograd of the plain formula, with outputs that nobody uses."""
+    x = layout(torch.randn(2, 18, 3, 5), last)
+    leaves = [x, torch.randn(5, 18, 1, 1) / 4, torch.randn(5), torch.randn(20, 18, 1, 1) / 4]
+
+    def plain(x, rho, bias, weight):
+        gates = F.conv2d(x, rho, bias).sigmoid().split(1, 1)
+        rows = [F.conv2d(g * x, w) for g, w in zip(gates, weight.split([7, 13]), strict=False)]
+        return rows[1], gates[2] * x, gates[4]
+
+    def ours(*operands):
+        projected, gated, gate, _, _ = OPS.gated_split(*operands, [7, 13], 2, "none")
+        return projected[1], gated[0], gate[:, 4:]
+
+    results = []
+    for function, dtype in ((plain, torch.float64), (plain, torch.float32), (ours, torch.float32)):
+        found = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        outputs = function(*found)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(outputs, found, [torch.randn(o.shape).to(dtype) for o in outputs])
+        results.append([*outputs, *grads])
+    for i, (e, p, f) in enumerate(zip(*results, strict=True)):
+        assert_close(f.detach(), e.detach(), p.detach(), f"result {i}", 1e-5, 0.5)
+
+
 def everything(x, gate, same, small, dy):
-    """Both operators, forward and backward, as one list of results."""
+    """All operators, forward and backward, as one list of results."""
     vectors = [torch.linspace(low, 1.5, x.shape[1]) for low in (-1, 0.5, 1, -2)]
     terms, norms = [same, small], [[v, v.flip(0)] for v in vectors]
     output = OPS.batch_norm_sum(x, gate, terms, *norms, [1e-5] * 2, False, None, None, "relu", "bilinear", False)
     dm, gathered, sums = OPS.batch_norm_sum_backward(dy, output, terms, norms[0], "bilinear", False)
     grads = OPS.batch_norm_sum_backward_terms(dm, gathered, terms, *norms[:3], [1e-5] * 2, sums, None)
-    return [output, dm, *gathered, sums, *grads, *OPS.channel_statistics(same)]
+    rho, weight = (torch.linspace(-0.3, 0.2, n * x.shape[1]).reshape(n, -1, 1, 1) for n in (3, 5))
+    projected, copies, gates, *statistics = OPS.gated_split(x, rho, None, weight, [5], 1, "relu")
+    split_grads = OPS.gated_split_backward([dy[:, :5]], [same], gate.expand_as(gates), x, gates, rho, weight, "relu")
+    found = [output, dm, *gathered, sums, *grads, *projected, *copies, gates, *split_grads]
+    return [*found, *statistics, *OPS.channel_statistics(same)]
 
 
 @layouts
@@ -225,12 +303,12 @@ def sweep_any_strides(last):
 @layouts
 def sweep_wide_offsets(monkeypatch, last):
     """With 64-bit offsets inside images, to the bit the same."""
-    from gsto_ops.triton import norm, norm_backward, resample
+    from gsto_ops.triton import norm, norm_backward, product, resample, split
 
     x, same, dy = (layout(torch.randn(2, 18, 4, 6), last) for _ in range(3))
     operands = (x, torch.rand(2, 1, 4, 6), same, layout(torch.randn(2, 18, 2, 3), last), dy)
     narrow = everything(*operands)
-    for module in (norm, norm_backward, resample):
+    for module in (norm, norm_backward, product, resample, split):
         monkeypatch.setattr(module, "is_wide", lambda *maps: True)
     for a, b in zip(everything(*operands), narrow, strict=True):
         assert torch.equal(a, b)
@@ -251,14 +329,13 @@ def sweep_pixels_side_by_side():
 @layouts
 def sweep_empty_batch(last):
     x, small = layout(torch.randn(0, 18, 6, 6), last), layout(torch.randn(0, 18, 3, 3), last)
-    output, dm, gathered, sums, *grads = everything(x, torch.rand(0, 1, 6, 6), x, small, x)
-    *grads, mean, var = grads
-    assert output.shape == dm.shape == x.shape and [g.shape for g in (gathered, *grads)] == [
-        small.shape,
-        x.shape,
-        small.shape,
-    ]
-    assert (sums == 0).all() and mean.isnan().all() and var.isnan().all()
+    *found, mean, var, mean_of_x, var_of_x = everything(x, torch.rand(0, 1, 6, 6), x, small, x)
+    output, dm, gathered, sums, same, small_grad, projected, copy, gates, grad_input, *grads = found
+    assert all(m.shape == x.shape for m in (output, dm, same, copy, grad_input))
+    assert gathered.shape == small_grad.shape == small.shape
+    assert projected.shape == (0, 5, 6, 6) and gates.shape == (0, 3, 6, 6)
+    assert all((g == 0).all() for g in (sums, *grads))
+    assert all(s.isnan().all() for s in (mean, var, mean_of_x, var_of_x))
 
 
 def sweep_nan_passes_relu():

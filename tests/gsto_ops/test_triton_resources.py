@@ -25,6 +25,7 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     kernels = ("project", "gate_pool", "gate_backward", "pool", "resample", "channel_statistics", "batch_norm_sum")
-    for kernel in (f"{name}_kernel" for name in (*kernels, "batch_norm_sum_backward", "batch_norm_sum_backward_terms")):
+    kernels += ("batch_norm_sum_backward", "batch_norm_sum_backward_terms", "gated_split", "gated_split_backward")
+    for kernel in (f"{name}_kernel" for name in kernels):
         for architecture in ("80", "90"):
             assert any(line.split()[:2] == [kernel, architecture] for line in done.stdout.splitlines()), kernel
