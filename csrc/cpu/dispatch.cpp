@@ -8,10 +8,11 @@ namespace {
 
 bool runs_here([[maybe_unused]] const Kernels* kernels) {
 #ifdef GSTO_X86_VARIANTS
-  if (kernels == &kAvx512Kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-           __builtin_cpu_supports("fma");
+  const bool bf16 = kernels == &kAvx512Bf16Kernels;
+  if (kernels == &kAvx512Kernels || bf16)
+    return (!bf16 || __builtin_cpu_supports("avx512bf16")) && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;
@@ -26,7 +27,7 @@ std::atomic<const Kernels*>& chosen() {
 
 std::vector<const Kernels*> compiled_kernels() {
 #ifdef GSTO_X86_VARIANTS
-  return {&kAvx512Kernels, &kAvx2Kernels, &kBaselineKernels};
+  return {&kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels, &kBaselineKernels};
 #else
   return {&kBaselineKernels};
 #endif

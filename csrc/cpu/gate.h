@@ -29,6 +29,31 @@ inline Vec<A> sigmoid(Vec<A> logit) {
   return (logit < 0 ? e : Vec<A>{} + A(1)) / (A(1) + e);
 }
 
+#ifdef GSTO_BFLOAT16_INSTRUCTIONS
+// dots[p] = a[p] . b for pixels of an even number of bfloat16 channels, a_stride apart. b is padded with zeros to whole
+// vectors of pairs, and dots holds whole vectors.
+inline void dot_pairs(const BFloat16* a, int64_t a_stride, const Pair* b, int64_t channels, int64_t count,
+                      float* dots) {
+  constexpr int64_t lanes = kLanes<float>;
+  const int64_t pairs = channels / 2, whole = pairs / lanes * lanes;
+  const __mmask16 rest = static_cast<__mmask16>((1u << (pairs - whole)) - 1);
+  for (int64_t p = 0; p < count; p += lanes) {
+    Vec<float> sums[lanes] = {};
+    for (int64_t i = 0; i < lanes; ++i) {
+      const BFloat16* from = a + least(p + i, count - 1) * a_stride;
+      for (int64_t c = 0; c < whole; c += lanes)
+        sums[i] = multiply_add(sums[i], load_raw<Bits>(from + 2 * c), load(b + c));
+      if (rest != 0)
+        sums[i] =
+            multiply_add(sums[i], bit_cast<Bits>(_mm512_maskz_loadu_epi32(rest, from + 2 * whole)), load(b + whole));
+    }
+    transpose<float>(sums);
+    for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
+    store(dots + p, sums[0]);
+  }
+}
+#endif
+
 // gate = sigmoid(gate + gate_bias). gate holds whole vectors.
 template <class A>
 inline void gate_logits(A* gate, A gate_bias, int64_t count) {

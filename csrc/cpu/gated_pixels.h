@@ -16,10 +16,10 @@ struct GatedPixels {
   const bool has_weight;
   const int64_t row, out_row;  // padded channels
 
-  GatedPixels(const Call& c, const GatedParams& params)
+  GatedPixels(const Call& c, const GatedParams& params, bool is_backward)
       : call(c),
         p(params),
-        operands(params),
+        operands(params, !is_backward || params.relu, is_backward),
         has_weight(params.weight.data != nullptr),
         row(padded<A>(p.channels)),
         out_row(padded<A>(p.out_channels)) {}
@@ -33,28 +33,59 @@ struct GatedPixels {
     store_channels(mutable_pixel<S>(p.gate, n, h, w), count, gate);  // forward's gate is contiguous
   }
 
-  // W of gated pixels.
-  void project_forward(const A* gated, int64_t count, A* result) const {
-    project(gated, count, p.channels, operands.weight_by_row.data(), p.out_channels, result);
+  // Memory for a run of input pixels as a tile and as the left operand of a product.
+  struct Input {
+    Buffer<A> tile;
+    Buffer<Factor<S>> factors;
+
+    Input(const GatedPixels& of, int64_t count)
+        : tile(count * of.row), factors(kPairs<S> && of.has_weight ? count * of.row / 2 : 0) {}
+  };
+
+  // W of gated pixels, which are a tile of Input.
+  void project_forward(const A* gated, int64_t count, const Input& space, A* result) const {
+    project<S>(left_operand<S>(gated, count, row, space.factors.data()), count, p.channels, operands.weight_by_row,
+               p.out_channels, result);
     finish_projection(count, nullptr, result);
   }
 
   // g and z. The gate is a factor per pixel, so it can wait until after the product, whose result is smaller or in
   // cache, and rho can be one more row of W.
-  void gate_and_project(const A* x, int64_t count, A* gate, A* z) const {
+  void gate_and_project(int64_t n, int64_t h, int64_t w, int64_t count, const Input& space, A* gate, A* z) const {
     if (!has_weight) {
-      gate_tile(x, count, gate, z);
+      gate_tile(tile_of<S>(p.input, p.channels, n, h, w, count, space.tile.data()), count, gate, z);
       if (p.relu) relu_pixels(z, count * out_row);
       return;
     }
-    project(x, count, p.channels, operands.weight_by_row.data(), p.out_channels, z);
-    if (p.out_channels < out_row) {
-      for (int64_t i = 0; i < count; ++i) gate[i] = z[i * out_row + p.out_channels];
+    const bool rho_in_weight = p.out_channels < out_row;
+    if (has_pairs<S>(p.input, p.channels)) {
+      project_x(n, h, w, count, nullptr, space, z);
+      if (!rho_in_weight) dot_with_rho(pixel<S>(p.input, n, h, w), count, gate);
     } else {
-      dot_pixels(x, operands.gate_weight.data(), 0, row, count, gate);
+      const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.tile.data());
+      project_x(n, h, w, count, x, space, z);
+      if (!rho_in_weight) dot_pixels(x, operands.gate_weight.data(), 0, row, count, gate);
+    }
+    if (rho_in_weight) {
+      for (int64_t i = 0; i < count; ++i) gate[i] = z[i * out_row + p.out_channels];
     }
     gate_logits(gate, operands.gate_bias, count);
     finish_projection(count, gate, z);
+  }
+
+  // W x. The tile x is not used where the pixels in memory will do.
+  void project_x(int64_t n, int64_t h, int64_t w, int64_t count, const A* x, const Input& space, A* z) const {
+    Left<S> left;
+    if (has_pairs<S>(p.input, p.channels)) {
+      left = {reinterpret_cast<const Factor<S>*>(pixel<S>(p.input, n, h, w)), p.input.stride_w / 2};
+    } else {
+      left = left_operand<S>(x, count, row, space.factors.data());
+    }
+    project<S>(left, count, p.channels, operands.weight_by_row, p.out_channels, z);
+  }
+
+  void dot_with_rho(const S* x, int64_t count, A* gate) const {
+    if constexpr (kPairs<S>) dot_pairs(x, p.input.stride_w, operands.gate_pairs.data(), p.channels, count, gate);
   }
 
   // z = act(g z + bias), g being 1 without a gate.
@@ -82,11 +113,11 @@ struct GatedPixels {
   // tile.
   template <class Place, class Consume>
   void forward(const Pixels& pixels, int64_t begin, int64_t end, const Place& place, const Consume& consume) const {
-    const Buffer<A> tile(pixels.chunk * row), product(pixels.chunk * out_row), gate(padded<A>(pixels.chunk));
+    const Input space(*this, pixels.chunk);
+    const Buffer<A> product(pixels.chunk * out_row), gate(padded<A>(pixels.chunk));
     pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
       A* z = place(n, h, w, product.data());
-      const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, tile.data());
-      gate_and_project(x, count, gate.data(), z);
+      gate_and_project(n, h, w, count, space, gate.data(), z);
       store_gate(n, h, w, count, gate.data());
       consume(n, h, w, count, z);
     });
@@ -94,10 +125,14 @@ struct GatedPixels {
 
   // Memory for the backward of `count` pixels.
   struct Workspace {
-    Buffer<A> x, u, z, gate, scalars;
+    Input x;
+    Buffer<Factor<S>> factors, x_factors;  // of the gradient; of x, summed over the pixels
+    Buffer<A> u, z, gate, scalars;
 
     Workspace(const GatedPixels& of, int64_t count)
-        : x(count * of.row),
+        : x(of, count),
+          factors(kPairs<S> && of.has_weight ? steps<S>(count) * of.out_row : 0),
+          x_factors(kPairs<S> && of.has_weight ? steps<S>(count) * of.row : 0),
           u(of.has_weight ? count * of.row : 0),
           z(of.has_weight && of.p.relu ? count * of.out_row : 0),
           gate(padded<A>(count)),
@@ -129,29 +164,27 @@ struct GatedPixels {
 
   // The whole backward of a run of pixels, from the gradient of z, which it overwrites.
   void backward(int64_t n, int64_t h, int64_t w, int64_t count, A* grad, const Workspace& space, A* sums) const {
-    const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.data());
+    const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.tile.data());
     const A* gate = space.gate.data();
     load_scalars<S>(p.gate, n, h, w, count, space.gate.data());
-    if (p.relu) mask(x, gate, count, grad, space.z.data());
+    if (p.relu) {
+      if (has_weight) project_x(n, h, w, count, x, space.x, space.z.data());
+      mask(has_weight ? space.z.data() : x, gate, count, grad);
+    }
     A* u = grad;
     if (has_weight) {
       u = tile_for<S>(p.grad_input, p.channels, n, h, w, space.u.data());
-      project_backward(grad, count, u);
+      project_backward(grad, count, space.factors.data(), u);
       add_pixels(grad, out_row, count, sums + gate_sums() + p.out_channels * row);
       scale_pixels(grad, gate, out_row, count, grad);
-      add_weight_gradient(grad, x, count, sums + gate_sums());
+      add_weight_gradient(grad, x, count, space.factors.data(), space.x_factors.data(), sums + gate_sums());
     }
     gate_backward(n, h, w, count, u, x, gate, space.scalars.data(), sums);
     finish_tile<S>(p.grad_input, p.channels, n, h, w, count, u);
   }
 
   // The ReLU's share: z once more, as g (W x) + bias.
-  void mask(const A* x, const A* gate, int64_t count, A* grad, A* z) const {
-    const A* product = x;
-    if (has_weight) {
-      project(x, count, p.channels, operands.weight_by_row.data(), p.out_channels, z);
-      product = z;
-    }
+  void mask(const A* product, const A* gate, int64_t count, A* grad) const {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < out_row; c += kLanes<A>) {
         A* to = grad + i * out_row + c;
@@ -161,12 +194,15 @@ struct GatedPixels {
     }
   }
 
-  void project_backward(const A* grad, int64_t count, A* result) const {
-    project(grad, count, p.out_channels, operands.weight.data(), p.channels, result);
+  void project_backward(const A* grad, int64_t count, Factor<S>* factors, A* result) const {
+    project<S>(left_operand<S>(grad, count, out_row, factors), count, p.out_channels, operands.weight, p.channels,
+               result);
   }
 
-  void add_weight_gradient(const A* grad, const A* x, int64_t count, A* sums) const {
-    gemm(Gemm<A>{p.out_channels, row, count, grad, 1, out_row, x, row, sums, row, true});
+  void add_weight_gradient(const A* grad, const A* x, int64_t count, Factor<S>* factors, Factor<S>* x_factors,
+                           A* sums) const {
+    gemm(Gemm<Factor<S>>{p.out_channels, row, steps<S>(count), summed_rows<S>(grad, count, out_row, factors), 1,
+                         out_row, summed_rows<S>(x, count, row, x_factors), row, sums, row, true});
   }
 
   // Pixels of a backward pass that reads these maps, too, where they are given.

@@ -55,7 +55,8 @@ struct GatedProjection : GatedPixels<S> {
 
   const GatedProjectionParams& p;
 
-  GatedProjection(const Call& c, const GatedProjectionParams& params) : Base(c, params), p(params) {}
+  GatedProjection(const Call& c, const GatedProjectionParams& params, bool is_backward)
+      : Base(c, params, is_backward), p(params) {}
 
   void forward() const {
     const Pixels pixels = this->forward_pixels();
@@ -111,11 +112,11 @@ struct GatedProjection : GatedPixels<S> {
 };
 
 inline void gated_projection(const Call& call, const GatedProjectionParams& params) {
-  with_storage_type(params.dtype, [&](auto type) { GatedProjection<decltype(type)>(call, params).forward(); });
+  with_storage_type(params.dtype, [&](auto type) { GatedProjection<decltype(type)>(call, params, false).forward(); });
 }
 
 inline void gated_projection_backward(const Call& call, const GatedProjectionParams& params) {
-  with_storage_type(params.dtype, [&](auto type) { GatedProjection<decltype(type)>(call, params).backward(); });
+  with_storage_type(params.dtype, [&](auto type) { GatedProjection<decltype(type)>(call, params, true).backward(); });
 }
 
 }  // namespace gsto::cpu::GSTO_ISA

@@ -28,8 +28,8 @@ struct GatedScaleTransfer : GatedPixels<S> {
   const GatedScaleTransferParams& p;
   const bool identity, shrinks, project_late;
 
-  GatedScaleTransfer(const Call& c, const GatedScaleTransferParams& params)
-      : Base(c, params),
+  GatedScaleTransfer(const Call& c, const GatedScaleTransferParams& params, bool is_backward)
+      : Base(c, params, is_backward),
         p(params),
         identity(c.rows.identity && c.cols.identity),
         shrinks(c.rows.out * c.cols.out < c.rows.in * c.cols.in),
@@ -120,8 +120,10 @@ struct GatedScaleTransfer : GatedPixels<S> {
     parallel_for(call, blocks.tasks(), [&](int64_t begin, int64_t end) {
       const BlockResampler<A> resampler(blocks, pooled_row, pooled_row);
       const int64_t input_width = blocks.input_width();
-      const Buffer<A> x(input_width * row), gate(padded<A>(input_width)), z(project_early ? input_width * out_row : 0),
+      const typename Base::Input input(*this, input_width), pooled_input(*this, project_late ? blocks.width : 0);
+      const Buffer<A> gate(padded<A>(input_width)), z(project_early ? input_width * out_row : 0),
           pooled(blocks.width * pooled_row), product(project_late ? blocks.width * out_row : 0);
+      A* const x = input.tile.data();
       for (int64_t task = begin; task < end; ++task) {
         const Block block = blocks.block(task);
         const int64_t h_end = blocks.owned_end(call.rows, block.row1), w_end = blocks.owned_end(call.cols, block.col1);
@@ -129,25 +131,25 @@ struct GatedScaleTransfer : GatedPixels<S> {
         const int64_t count = most(w_end, call.cols.end(block.col1 - 1)) - w;
         int64_t h = blocks.owned_begin(call.rows, block.row0);
         const auto gate_next_row = [&] {
-          const A* pixels = tile_of<S>(p.input, p.channels, block.n, h, w, count, x.data());
           if (project_late) {
-            this->gate_tile(pixels, count, gate.data(), x.data());
+            const A* pixels = tile_of<S>(p.input, p.channels, block.n, h, w, count, x);
+            this->gate_tile(pixels, count, gate.data(), x);
           } else {
-            this->gate_and_project(pixels, count, gate.data(), project_early ? z.data() : x.data());
+            this->gate_and_project(block.n, h, w, count, input, gate.data(), project_early ? z.data() : x);
           }
           if (h < h_end) this->store_gate(block.n, h, w, w_end - w, gate.data());
           ++h;
         };
         const auto source = [&](int64_t i) {
           while (h <= i) gate_next_row();
-          const A* gated = project_early ? z.data() : x.data();
+          const A* gated = project_early ? z.data() : x;
           return gated + (call.cols.start[block.col0] - w) * pooled_row;
         };
         resampler.run(block, source, [&](int64_t o, const auto& make) {
           A* result = project_late ? product.data()
                                    : tile_for<S>(p.output, p.out_channels, block.n, o, block.col0, pooled.data());
           make(project_late ? pooled.data() : result);
-          if (project_late) this->project_forward(pooled.data(), block.width(), result);
+          if (project_late) this->project_forward(pooled.data(), block.width(), pooled_input, result);
           finish_tile<S>(p.output, p.out_channels, block.n, o, block.col0, block.width(), result);
         });
         while (h < h_end) gate_next_row();
@@ -241,6 +243,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
       const int64_t input_width = blocks.input_width();
       const Buffer<A> gated(input_width * row), gate(padded<A>(input_width)), pooled(blocks.width * row),
           grad_output(blocks.width * out_row);
+      const Workspace space(*this, blocks.width);
       const auto gated_pixels = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
         const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, buffer);
         load_scalars<S>(p.gate, n, h, w, count, gate.data());
@@ -250,8 +253,8 @@ struct GatedScaleTransfer : GatedPixels<S> {
       const auto project_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
         make(pooled.data());
         const A* result = tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, grad_output.data());
-        this->project_backward(result, count, grad.at(n, h * p.out_width + w));
-        this->add_weight_gradient(result, pooled.data(), count, sums);
+        this->project_backward(result, count, space.factors.data(), grad.at(n, h * p.out_width + w));
+        this->add_weight_gradient(result, pooled.data(), count, space.factors.data(), space.x_factors.data(), sums);
         add_pixels(result, out_row, count, sums + p.out_channels * row);
       };
       for (int64_t task = begin; task < end; ++task)
@@ -282,9 +285,9 @@ struct GatedScaleTransfer : GatedPixels<S> {
         }
         A* u = tile_for<S>(p.grad_input, p.channels, n, h, w, tile.data());
         make(u);
-        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.data());
+        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.tile.data());
         load_scalars<S>(p.gate, n, h, w, count, space.gate.data());
-        if (p.relu) this->mask(x, space.gate.data(), count, u, nullptr);
+        if (p.relu) this->mask(x, space.gate.data(), count, u);
         this->gate_backward(n, h, w, count, u, x, space.gate.data(), space.scalars.data(), sums);
         finish_tile<S>(p.grad_input, p.channels, n, h, w, count, u);
       };
@@ -297,11 +300,13 @@ struct GatedScaleTransfer : GatedPixels<S> {
 };
 
 inline void gated_scale_transfer(const Call& call, const GatedScaleTransferParams& params) {
-  with_storage_type(params.dtype, [&](auto type) { GatedScaleTransfer<decltype(type)>(call, params).forward(); });
+  with_storage_type(params.dtype,
+                    [&](auto type) { GatedScaleTransfer<decltype(type)>(call, params, false).forward(); });
 }
 
 inline void gated_scale_transfer_backward(const Call& call, const GatedScaleTransferParams& params) {
-  with_storage_type(params.dtype, [&](auto type) { GatedScaleTransfer<decltype(type)>(call, params).backward(); });
+  with_storage_type(params.dtype,
+                    [&](auto type) { GatedScaleTransfer<decltype(type)>(call, params, true).backward(); });
 }
 
 }  // namespace gsto::cpu::GSTO_ISA

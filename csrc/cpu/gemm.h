@@ -1,5 +1,5 @@
-// A small matrix product for operands that sit in cache: C (m, n) = A (m, k) B (k, n), or C += A B. Included once per
-// instruction set.
+// A small matrix product for operands that sit in cache: C (m, n) = A (m, k) B (k, n), or C += A B. T is float, double
+// or Pair; then k counts pairs, and C is float. Included once per instruction set.
 #pragma once
 
 namespace gsto::cpu::GSTO_ISA {
@@ -8,12 +8,13 @@ namespace gsto::cpu::GSTO_ISA {
 // vectors.
 template <class T>
 struct Gemm {
+  using C = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
   int64_t m, n, k;
   const T* a;
   int64_t a_row, a_col;
   const T* b;
   int64_t b_row;
-  T* c;
+  C* c;
   int64_t c_row;
   bool accumulate;
 };
@@ -26,17 +27,19 @@ constexpr int64_t kDepth = 128;
 
 template <class T, int kRows, int kVectors>
 inline void gemm_block(const Gemm<T>& g, int64_t i, int64_t j, int64_t k0, int64_t k1) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kVectors];
+  using C = typename Gemm<T>::C;
+  constexpr int lanes = kLanes<C>;
+  Vec<C> sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
-      sum[r][v] = g.accumulate || k0 > 0 ? load(g.c + (i + r) * g.c_row + j + v * lanes) : Vec<T>{};
+      sum[r][v] = g.accumulate || k0 > 0 ? load(g.c + (i + r) * g.c_row + j + v * lanes) : Vec<C>{};
   for (int64_t k = k0; k < k1; ++k) {
-    Vec<T> b[kVectors];
+    decltype(load(g.b)) b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(g.b + k * g.b_row + j + v * lanes);
     for (int r = 0; r < kRows; ++r) {
-      const T a = g.a[(i + r) * g.a_row + k * g.a_col];
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += a * b[v];
+      T a;
+      __builtin_memcpy(&a, g.a + (i + r) * g.a_row + k * g.a_col, sizeof(T));  // pairs may be anywhere in memory
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(sum[r][v], a, b[v]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -53,7 +56,7 @@ inline void gemm_columns(const Gemm<T>& g, int64_t j, int64_t k0, int64_t k1) {
 
 template <class T>
 inline void gemm(const Gemm<T>& g) {
-  constexpr int lanes = kLanes<T>;
+  constexpr int lanes = kLanes<typename Gemm<T>::C>;
   for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
     const int64_t k1 = k0 + kDepth < g.k ? k0 + kDepth : g.k;
     for (int64_t j = 0; j < g.n; j += kVectorsPerBlock * lanes) {

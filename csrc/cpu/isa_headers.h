@@ -12,4 +12,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#ifdef GSTO_X86_VARIANTS
+#include <immintrin.h>
+#endif
 #include "pyramid.h"

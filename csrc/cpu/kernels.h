@@ -28,11 +28,12 @@ struct Kernels {
 };
 
 extern const Kernels kBaselineKernels;
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 // GCC switches instruction sets inside a translation unit (#pragma GCC target), which keeps std code out of the switch.
 #define GSTO_X86_VARIANTS 1
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;  // products of bfloat16 pairs
 #endif
 
 }  // namespace gsto::cpu

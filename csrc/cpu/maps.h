@@ -45,10 +45,54 @@ struct Map {
   TensorView view(int64_t width) const { return {values.data(), image, 1, width * row, row}; }
 };
 
-template <class A>
-inline void project(const A* tile, int64_t count, int64_t channels, const A* weight, int64_t out_channels, A* result) {
-  gemm(Gemm<A>{count, padded<A>(out_channels), channels, tile, padded<A>(channels), 1, weight, padded<A>(out_channels),
-               result, padded<A>(out_channels), false});
+// Factors in the summed dimension of a product over so many values.
+template <class S>
+inline int64_t steps(int64_t count) {
+  return kPairs<S> ? (count + 1) / 2 : count;
+}
+
+// The left operand of a product: a run of pixels, `row` factors apart.
+template <class S>
+struct Left {
+  const Factor<S>* data;
+  int64_t row;
+};
+
+// Whether the pixels of this map are left operands where they lie: pairs of channels.
+template <class S>
+inline bool has_pairs(const TensorView& t, int64_t channels) {
+  return kPairs<S> && t.stride_c == 1 && t.stride_w % 2 == 0 && channels % 2 == 0;
+}
+
+// A tile as the left operand: itself, or rounded to bfloat16 in the buffer.
+template <class S, class A = Accumulate<S>>
+inline Left<S> left_operand(const A* tile, int64_t count, int64_t row, Factor<S>* buffer) {
+  if constexpr (kPairs<S>) {
+    for (int64_t i = 0; i < count * row; i += kLanes<A>) store(reinterpret_cast<BFloat16*>(buffer) + i, load(tile + i));
+    return {buffer, row / 2};
+  } else {
+    return {tile, row};
+  }
+}
+
+// Rows of a matrix as factors of a sum over the rows: themselves, or pairs of neighbouring ones in the buffer.
+template <class S, class A = Accumulate<S>>
+inline const Factor<S>* summed_rows(const A* rows, int64_t count, int64_t row, Factor<S>* buffer) {
+  if constexpr (kPairs<S>) {
+    for (int64_t i = 0; i < count; i += 2, buffer += row, rows += 2 * row)
+      for (int64_t c = 0; c < row; c += kLanes<A>)
+        store(buffer + c, make_pairs(load(rows + c), i + 1 < count ? load(rows + row + c) : Vec<A>{}));
+    return buffer - steps<S>(count) * row;
+  } else {
+    return rows;
+  }
+}
+
+template <class S, class A = Accumulate<S>>
+inline void project(const Left<S>& left, int64_t count, int64_t channels, const Factor<S>* weight, int64_t out_channels,
+                    A* result) {
+  gemm(Gemm<Factor<S>>{count, padded<A>(out_channels), steps<S>(channels), left.data, left.row, 1, weight,
+                       padded<A>(out_channels), result, padded<A>(out_channels), false});
 }
 
 }  // namespace gsto::cpu::GSTO_ISA

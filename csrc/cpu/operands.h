@@ -17,32 +17,53 @@ inline void fill_padded(const TensorView& t, int64_t stride, int64_t count, A* t
 // The parameters of one call, padded with zeros to whole vectors.
 template <class S, class A = Accumulate<S>>
 struct Operands {
-  Buffer<A> gate_weight;    // rho: (C)
-  Buffer<A> bias;           // (C'), zeros when there is none
-  Buffer<A> weight;         // W: (C', C)
-  Buffer<A> weight_by_row;  // W transposed: (C, C'), and rho as column C' where padding leaves room for it
+  Buffer<A> gate_weight;                             // rho: (C)
+  Buffer<Factor<S>> gate_pairs;                      // the same, where factors are pairs
+  Buffer<A> bias;                                    // (C'), zeros when there is none
+  Buffer<A> matrix, transposed;                      // W: (C', C). (C, C'), with rho as column C' if padding allows
+  Buffer<Factor<S>> matrix_pairs, transposed_pairs;  // the same, where factors are pairs
+  const Factor<S>*weight = nullptr, *weight_by_row = nullptr;
   A gate_bias = 0;
 
-  explicit Operands(const GatedParams& p)
+  // weight_by_row is made for products with x: in forward, and in backward for a ReLU's mask.
+  Operands(const GatedParams& p, bool with_x, bool with_gradients)
       : gate_weight(padded<A>(p.channels)),
+        gate_pairs(kPairs<S> ? padded<A>(steps<S>(p.channels)) : 0),
         bias(padded<A>(p.out_channels)),
-        weight(p.weight.data ? p.out_channels * padded<A>(p.channels) : 0),
-        weight_by_row(p.weight.data ? p.channels * padded<A>(p.out_channels) : 0) {
+        matrix(p.weight.data ? padded<A>(p.out_channels) * padded<A>(p.channels) : 0),
+        transposed(p.weight.data && with_x ? padded<A>(p.channels) * padded<A>(p.out_channels) : 0),
+        matrix_pairs(kPairs<S> && p.weight.data && with_gradients ? steps<S>(p.out_channels) * padded<A>(p.channels)
+                                                                  : 0),
+        transposed_pairs(kPairs<S> && p.weight.data && with_x ? steps<S>(p.channels) * padded<A>(p.out_channels) : 0) {
     fill_padded<S>(p.gate_weight, p.gate_weight.stride_c, p.channels, gate_weight.data());
     fill_padded<S>(p.bias, p.bias.stride_n, p.bias.data ? p.out_channels : 0, bias.data(), padded<A>(p.out_channels));
+    if constexpr (kPairs<S>) {
+      store(gate_pairs.data() + padded<A>(steps<S>(p.channels)) - kLanes<A>, Bits{});
+      left_operand<S>(gate_weight.data(), 1, padded<A>(p.channels), gate_pairs.data());
+    }
     if (p.gate_bias.data) gate_bias = load_some(static_cast<const S*>(p.gate_bias.data), 1)[0];
     if (!p.weight.data) return;
-    for (int64_t m = 0; m < p.out_channels; ++m) {
-      TensorView filter = p.weight;
-      filter.data = mutable_pixel<S>(p.weight, m, 0, 0);
-      fill_padded<S>(filter, filter.stride_c, p.channels, weight.data() + m * padded<A>(p.channels));
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t row = padded<A>(p.channels), out_row = padded<A>(p.out_channels);
+    TensorView filters = p.weight;
+    filters.stride_w = p.weight.stride_n;  // a filter is a pixel of C channels
+    load_pixels<S>(filters, p.channels, 0, 0, 0, p.out_channels, matrix.data());
+    for (int64_t i = p.out_channels * row; i < out_row * row; i += lanes) store(matrix.data() + i, Vec<A>{});
+    if (p.out_channels < out_row) {
+      for (int64_t c = 0; c < row; c += lanes)
+        store(matrix.data() + p.out_channels * row + c, load(gate_weight.data() + c));
     }
-    for (int64_t k = 0; k < p.channels; ++k) {
-      A* to = weight_by_row.data() + k * padded<A>(p.out_channels);
-      for (int64_t m = 0; m < padded<A>(p.out_channels); ++m)
-        to[m] = m < p.out_channels ? weight.data()[m * padded<A>(p.channels) + k] : A(0);
-      if (p.out_channels < padded<A>(p.out_channels)) to[p.out_channels] = gate_weight.data()[k];
+    if (with_gradients) weight = summed_rows<S>(matrix.data(), p.out_channels, row, matrix_pairs.data());
+    if (!with_x) return;
+    for (int64_t m = 0; m < out_row; m += lanes) {
+      for (int64_t c = 0; c < row; c += lanes) {
+        Vec<A> block[lanes];
+        for (int64_t i = 0; i < lanes; ++i) block[i] = load(matrix.data() + (m + i) * row + c);
+        transpose<A>(block);
+        for (int64_t i = 0; i < lanes; ++i) store(transposed.data() + (c + i) * out_row + m, block[i]);
+      }
     }
+    weight_by_row = summed_rows<S>(transposed.data(), p.channels, out_row, transposed_pairs.data());
   }
 };
 

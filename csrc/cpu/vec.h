@@ -80,10 +80,18 @@ inline Bits encode_half(Vec<float> v) {
   return h | ((bits >> 16) & 0x8000);
 }
 
-inline Bits encode_bfloat16(Vec<float> v) {
+inline HalfBits round_bfloat16(Vec<float> v) {
   const Bits bits = bit_cast<Bits>(v);
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000u ? Bits{} + 0x7fc0 : rounded;
+  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000u ? Bits{} + 0x7fc0 : rounded, HalfBits);
+}
+
+inline HalfBits encode_bfloat16(Vec<float> v) {
+#ifdef GSTO_BFLOAT16_INSTRUCTIONS
+  constexpr int kSubnormal = 0x20;  // which the instruction turns into zeros
+  if (_mm512_fpclass_ps_mask(v, kSubnormal) == 0) return bit_cast<HalfBits>(_mm512_cvtneps_pbh(v));
+#endif
+  return round_bfloat16(v);
 }
 
 // One vector of accumulate-type values from / to contiguous storage.
@@ -96,8 +104,47 @@ inline Vec<float> load(const Float16* p) { return decode_half(__builtin_convertv
 
 inline void store(float* p, Vec<float> v) { store_raw(p, v); }
 inline void store(double* p, Vec<double> v) { store_raw(p, v); }
-inline void store(BFloat16* p, Vec<float> v) { store_raw(p, __builtin_convertvector(encode_bfloat16(v), HalfBits)); }
+inline void store(BFloat16* p, Vec<float> v) { store_raw(p, encode_bfloat16(v)); }
 inline void store(Float16* p, Vec<float> v) { store_raw(p, __builtin_convertvector(encode_half(v), HalfBits)); }
+
+// What products multiply: the accumulate type, or with bfloat16 instructions pairs of bfloat16 that are neighbours in
+// the dimension that is summed over; one lane multiplies and adds two of them.
+struct Pair {
+  uint32_t bits;
+};
+template <class S>
+struct FactorOf {
+  using type = Accumulate<S>;
+};
+#ifdef GSTO_BFLOAT16_INSTRUCTIONS
+template <>
+struct FactorOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class S>
+using Factor = typename FactorOf<S>::type;
+template <class S>
+constexpr bool kPairs = std::is_same_v<Factor<S>, Pair>;
+
+inline Vec<float> multiply_add(Vec<float> sum, float a, Vec<float> b) { return sum + a * b; }
+inline Vec<double> multiply_add(Vec<double> sum, double a, Vec<double> b) { return sum + a * b; }
+#ifdef GSTO_BFLOAT16_INSTRUCTIONS
+inline Bits load(const Pair* p) { return load_raw<Bits>(p); }
+inline void store(Pair* p, Bits v) { store_raw(p, v); }
+inline Vec<float> multiply_add(Vec<float> sum, Bits a, Bits b) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+inline Vec<float> multiply_add(Vec<float> sum, Pair a, Bits b) { return multiply_add(sum, Bits{} + a.bits, b); }
+
+// Lane i holds the values of lane i of both, rounded.
+inline Bits make_pairs(Vec<float> first, Vec<float> second) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  const Halves both = bit_cast<Halves>(_mm512_cvtne2ps_pbh(second, first));
+  return bit_cast<Bits>(__builtin_shuffle(both, Halves{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
+}
+#endif
 
 // The first n < lanes values (the other lanes are zero), stride elements apart.
 template <class S>

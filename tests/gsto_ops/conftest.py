@@ -43,7 +43,7 @@ def cuda_operators(request, tmp_path_factory):
     return emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request):
     """The kernels of each instruction set in turn."""
     extension = pytest.importorskip("gsto_ops._C", reason="the C++ extension is not there", exc_type=ImportError)

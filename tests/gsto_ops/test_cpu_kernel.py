@@ -278,6 +278,10 @@ def test_sigmoid_is_accurate(instruction_set: str):
     assert ((gate - exact) / exact).abs().max() < 4e-7
 
 
+def without_subnormals(values: Tensor) -> Tensor:
+    return torch.where(values.abs() < torch.finfo(values.dtype).smallest_normal, torch.zeros_like(values), values)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_conversions_are_exact(
@@ -309,7 +313,13 @@ def test_half_precision_conversions_are_exact(
             None,
             None,
         )
-        assert torch.equal(OP(values, *arguments)[0], (values.float() * weight.float()).to(dtype))
+        exact = values.float()
+        if instruction_set == "avx512_bf16" and dtype == torch.bfloat16:
+            # The product of pairs takes subnormal numbers for zeros, as F.conv2d does on such a machine.
+            exact = without_subnormals(without_subnormals(exact) * weight.float())
+        else:
+            exact = exact * weight.float()
+        assert torch.equal(OP(values, *arguments)[0], exact.to(dtype))
 
 
 def test_bad_calls_of_the_operator_itself():
