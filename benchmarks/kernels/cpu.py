@@ -1,11 +1,20 @@
 """``python -m gsto_benchmarks.kernels.cpu``: the compiled CPU operators against the same steps in eager PyTorch.
 
 The shapes are those of HRNet-W18 and W48 at 512x1024 crops, N = 1. Both sides run in one process on the same threads, in turn,
-round after round; times are medians. Every row is checked against float64 before it is timed: a wrong result has no time. Nor has
-a row that other programs disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
+round after round; times are medians, with the garbage collector off as in ``timeit``. On one thread they are processor time, which
+leaves out the time of other programs. Every row is checked against float64 before it is timed: a wrong result has no time. Nor
+has a row that other programs disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
+
+The floor of a row is the larger of two times that no implementation can beat on this machine: its multiply-adds at the rate of a
+large matrix product (forward once, backward twice; the ReLU's mask counts as kept), and the bytes that must be moved (forward: map
+and results; backward: map, gradients of results and of the map) at the rate of a copy that moves as many. Both rates are measured
+in the same run.
 """
 
 import argparse
+import functools
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +43,7 @@ class Case:
     shapes: Sequence[tuple[int, ...]]  # of the operands; the first is the map
     float32: Sequence[int] = ()
     other_bytes: int = 0  # per image, that the function reads beside its operands
+    multiply_adds: int = 0  # of the forward pass's product
 
 
 def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -60,7 +70,10 @@ def transfer(name: str, channels: int, out: int | None, size: tuple[int, int], t
     shapes = [(1, channels, *size), (1, channels, 1, 1)]
     if out:
         shapes += [(out, channels, 1, 1), (out,)]
-    return Case(f"gated_scale_transfer{' relu' if relu else ''}: {name}", ours, eager, shapes)
+    # Without an activation the product may run where there are fewer pixels.
+    pixels = math.prod(size) if relu else min(math.prod(size), math.prod(to))
+    label = f"gated_scale_transfer{' relu' if relu else ''}: {name}"
+    return Case(label, ours, eager, shapes, multiply_adds=channels * (out or 0) * pixels)
 
 
 def projection(name: str, channels: int, out: int, size: tuple[int, int]) -> Case:
@@ -76,7 +89,7 @@ def projection(name: str, channels: int, out: int, size: tuple[int, int]) -> Cas
         return gsto_ops.gated_projection(x, gate_weight, None, weight)
 
     shapes = [(1, channels, *size), (1, channels, 1, 1), (out, channels, 1, 1)]
-    return Case(f"gated_projection: {name}", ours, eager, shapes)
+    return Case(f"gated_projection: {name}", ours, eager, shapes, multiply_adds=channels * out * math.prod(size))
 
 
 def affine(name: str, channels: int, size: tuple[int, int], to: tuple[int, int], relu=False) -> Case:
@@ -112,8 +125,8 @@ def training(name: str, channels: int, out: int, size: tuple[int, int], to: tupl
         return (resize(y.relu() if relu else y, to, mode),)
 
     shapes = [(1, channels, *size), (1, channels, 1, 1), (out, channels, 1, 1), (out,), (out,)]
-    label = "gated_projection + affine_scale_transfer"
-    return Case(f"{label}{' relu' if relu else ''}: {name}", ours, eager, shapes, float32=(3, 4))
+    label = f"gated_projection + affine_scale_transfer{' relu' if relu else ''}: {name}"
+    return Case(label, ours, eager, shapes, (3, 4), multiply_adds=channels * out * math.prod(size))
 
 
 def pyramid(name: str, channels: int, size: tuple[int, int], bins: Sequence[int] = (1, 2, 3, 6)) -> Case:
@@ -229,10 +242,52 @@ def errors(case: Case, operands: Sequence[Tensor], grads: Sequence[Tensor] | Non
     return found[0], found[1]
 
 
+def clock() -> float:
+    """Seconds; on one thread those of the processor."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds(function: Function, operands: Sequence[Tensor], grads: Sequence[Tensor] | None) -> float:
-    start = time.perf_counter()
+    start = clock()
     results(function, operands, grads)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def best_time(run: Callable[[], object], rounds: int = 15) -> float:
+    """The least of the times in seconds: a peak is what the machine can do undisturbed."""
+    times = []
+    for _ in range(rounds):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return min(times)
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds per second of a large matrix product. float32: at least half of bfloat16's rate, because an instruction that
+    multiplies 32 bfloat16 multiplies 16 float32; PyTorch's float32 product may be far from it (115 of 260 GFLOP/s on one EPYC)."""
+    size = 1024
+    a, b = torch.randn(2, size, size).to(dtype)
+    rate = size**3 / best_time(lambda: a @ b)
+    return max(rate, product_rate(torch.bfloat16) / 2) if dtype == torch.float32 else rate
+
+
+@functools.cache
+def copy_time(count: int) -> float:
+    """Seconds for a copy that reads and writes ``count`` bytes together."""
+    source = torch.zeros(max(1, count // 2), dtype=torch.uint8)
+    to = torch.empty_like(source)
+    return best_time(lambda: to.copy_(source))
+
+
+def floor_time(case: Case, operands: Sequence[Tensor], outputs: Sequence[Tensor], backward: bool) -> float:
+    x = operands[0]
+    moved = [x, *outputs, *([x, *outputs, x] if backward else [])]
+    copied = copy_time(sum(t.numel() * t.element_size() for t in moved))
+    if not case.multiply_adds:
+        return copied
+    return max(copied, (3 if backward else 1) * case.multiply_adds / product_rate(x.dtype))
 
 
 def measure(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, backward: bool, rounds: int) -> str:
@@ -252,13 +307,15 @@ def measure(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, 
         raise RuntimeError(
             f"{case.name}, {dtype}: error {error:.2g} against float64, eager PyTorch has {eager_error:.2g}"
         )
+    floor = 1e3 * floor_time(case, operands, outputs, backward)
     for _ in range(ATTEMPTS):
         alone = has_all_cores()
         times = rounds_of(case, operands, grads, rounds)
         eager, ours = (1e3 * statistics.median(t) for t in times)
         if alone and has_all_cores() and all(statistics.median(t) < 2 * min(t) for t in times):
-            return f"{eager:.3f} | {ours:.3f} | {eager / ours:.2f} | {error:.1e} ({eager_error:.1e})"
-    return f"disturbed | disturbed | - | {error:.1e} ({eager_error:.1e})"
+            ratios = f"{eager / ours:.2f} | {floor:.3f} | {ours / floor:.1f} | {eager / floor:.1f}"
+            return f"{eager:.3f} | {ours:.3f} | {ratios} | {error:.1e} ({eager_error:.1e})"
+    return f"disturbed | disturbed | - | {floor:.3f} | - | - | {error:.1e} ({eager_error:.1e})"
 
 
 def has_all_cores() -> bool:
@@ -266,9 +323,9 @@ def has_all_cores() -> bool:
     x = torch.ones(1 << 17)
     times = []
     for _ in range(11):
-        start = time.perf_counter()
+        start = clock()
         torch.add(x, x)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times) < 5e-4
 
 
@@ -295,9 +352,16 @@ def main() -> None:
     if not cases:
         parser.error(f"--only: no case contains {arguments.only!r}; cases are: {', '.join(c.name for c in CASES)}")
     torch.set_num_threads(arguments.threads)
+    # glibc gives small heaps back to the system and faults them in again at the next call, until a large block has been
+    # freed once. Any process that has run a network is past that.
+    for _ in range(2):
+        torch.empty(30 << 20, dtype=torch.uint8)
+    gc.disable()
     with gsto_ops.use_backend("cpu"):
-        print("| case | layout | dtype | pass | eager ms | ours ms | ratio | error (eager's) |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        print(
+            "| case | layout | dtype | pass | eager ms | ours ms | ratio | floor ms | ours / floor | eager / floor | error (eager's) |"
+        )
+        print("|" + " --- |" * 11)
         for case in cases:
             for layout in arguments.layout or LAYOUTS:
                 for dtype in arguments.dtype or DTYPES:

@@ -99,13 +99,24 @@ struct AffineScaleTransfer {
 
   // u and the result may be the same tile.
   void backward_pixels(const A* x, const A* u, int64_t count, A* to, A* sums) const {
-    for (int64_t c = 0; c < row; c += kLanes<A>) {
-      const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
-      Vec<A> sum[2] = {};
+    constexpr int64_t lanes = kLanes<A>;
+    for_vectors<A>(row, [&](int64_t c, auto vectors) {
+      Vec<A> factor[vectors], offset[vectors], sum[vectors][2] = {};
+      for (int v = 0; v < vectors; ++v) {
+        factor[v] = load(scale.data() + c + v * lanes);
+        offset[v] = load(shift.data() + c + v * lanes);
+      }
       for (int64_t i = c; i < count * row; i += row)
-        store(to + i, backward_vector(load(u + i), load(x + i), factor, offset, sum));
-      for (int64_t s = 0; s < 2; ++s) store(sums + s * row + c, load(sums + s * row + c) + sum[s]);
-    }
+        for (int v = 0; v < vectors; ++v)
+          store(to + i + v * lanes,
+                backward_vector(load(u + i + v * lanes), load(x + i + v * lanes), factor[v], offset[v], sum[v]));
+      for (int v = 0; v < vectors; ++v) {
+        for (int64_t s = 0; s < 2; ++s) {
+          A* total = sums + s * row + c + v * lanes;
+          store(total, load(total) + sum[v][s]);
+        }
+      }
+    });
   }
 
   void backward() const {

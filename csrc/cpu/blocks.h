@@ -58,7 +58,7 @@ inline void fill_pixels(A* to, int64_t size, A value) {
   for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, Vec<A>{} + value);
 }
 
-// One vector of sum_t weights[t] * from[t * step], or kVectors of them.
+// kVectors vectors of sum_t weights[t] * from[t * step].
 template <int kVectors, class A, class To>
 inline void combine_vectors(const A* weights, int64_t taps, const A* from, int64_t step, To* to) {
   Vec<A> sum[kVectors] = {};
@@ -72,16 +72,15 @@ inline void combine_vectors(const A* weights, int64_t taps, const A* from, int64
 template <bool kExact, class A, class To>
 inline void combine(const A* weights, int64_t taps, const A* from, int64_t step, int64_t size, To* to) {
   constexpr int64_t lanes = kLanes<A>;
-  int64_t c = 0;
   if (taps == 2) {  // bilinear
     const A w0 = weights[0], w1 = weights[1];
-    for (; c + lanes <= size; c += lanes) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
+    for (int64_t c = 0; c + lanes <= size; c += lanes) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
   } else {
-    for (; c + 4 * lanes <= size; c += 4 * lanes) combine_vectors<4>(weights, taps, from + c, step, to + c);
-    for (; c + 2 * lanes <= size; c += 2 * lanes) combine_vectors<2>(weights, taps, from + c, step, to + c);
-    for (; c + lanes <= size; c += lanes) combine_vectors<1>(weights, taps, from + c, step, to + c);
+    for_vectors<A>(size, [&](int64_t c, auto vectors) {
+      combine_vectors<decltype(vectors)::value>(weights, taps, from + c, step, to + c);
+    });
   }
-  if (!kExact || c == size) return;
+  if (!kExact || size % lanes == 0) return;
   if (size >= lanes) return combine_vectors<1>(weights, taps, from + size - lanes, step, to + size - lanes);
   To last[lanes];
   combine_vectors<1>(weights, taps, from, step, last);
@@ -136,10 +135,19 @@ class BlockResampler {
   // Pixels that are closer than whole vectors are written in ascending order: each overwrites what the one before it
   // wrote too much.
   void resample_columns(const Block& block, const A* from, A* to) const {
-    for (int64_t o = block.col0; o < block.col1; ++o, to += step_) {
-      const A* source = from + (cols_.start[o] - cols_.start[block.col0]) * row_;
-      combine<false>(cols_.template weights<A>(o), cols_.taps(o), source, row_, row_, to);
-    }
+    const auto each = [&](const auto& make) {
+      for (int64_t o = block.col0; o < block.col1; ++o, to += step_)
+        make(cols_.template weights<A>(o), cols_.taps(o), from + (cols_.start[o] - cols_.start[block.col0]) * row_);
+    };
+    if (row_ > 4 * kLanes<A>)
+      return each([&](const A* weights, int64_t taps, const A* source) {
+        combine<false>(weights, taps, source, row_, row_, to);
+      });
+    for_vectors<A>(row_, [&](int64_t, auto vectors) {  // one run: few channels are unrolled
+      each([&](const A* weights, int64_t taps, const A* source) {
+        combine_vectors<decltype(vectors)::value>(weights, taps, source, row_, to);
+      });
+    });
   }
 
   AxisView rows_, cols_;

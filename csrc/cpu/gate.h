@@ -98,6 +98,9 @@ struct ChannelRuns {
     for (int64_t i = 0; i < kLanes<A>; ++i) numbers[i] = static_cast<A>(i);
     return load(numbers) >= Vec<A>{} + static_cast<A>(kLanes<A> - count);
   }
+  // Elements: 2 KiB. Without it reading from L3 is a third slower (48 x 128 x 256, float32).
+  static constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(S));
+
   int64_t tail() const { return channels - kLanes<A>; }
   Vec<A> load_tail(const S* from) const { return tail_lanes ? load(from + tail()) : Vec<A>{}; }
 
@@ -107,15 +110,16 @@ struct ChannelRuns {
     constexpr int64_t lanes = kLanes<A>;
     for (int64_t p = 0; p < count; p += lanes) {
       Vec<A> sums[lanes];
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t at = least(p + i, count - 1);
-        sums[i] = has_tail ? load_tail(a + at * a_stride) * load(b + at * b_stride + tail()) : Vec<A>{};
-      }
-      for (int64_t c = 0; c < whole; c += lanes) {
-        for (int64_t i = 0; i < lanes; ++i) {
-          const int64_t at = least(p + i, count - 1);
-          sums[i] += load(a + at * a_stride + c) * load(b + at * b_stride + c);
+      for (int64_t i = 0; i < lanes; ++i) {  // pixel after pixel, as they lie in memory
+        const S* at = a + least(p + i, count - 1) * a_stride;
+        const T* with = b + least(p + i, count - 1) * b_stride;
+        Vec<A> sum = {};
+        for (int64_t c = 0; c < whole; c += lanes) {
+          sum += load(at + c) * load(with + c);
+          __builtin_prefetch(at + c + kAhead);
         }
+        if (has_tail) sum += load_tail(at) * load(with + tail());
+        sums[i] = sum;
       }
       transpose<A>(sums);
       for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
@@ -141,18 +145,25 @@ struct ChannelRuns {
   void input_gradient(const S* grad_output, int64_t grad_output_stride, const S* input, int64_t input_stride,
                       const A* gate_weight, const A* gate, const A* grad_logit, int64_t count, A* sums, S* grad_input,
                       int64_t grad_input_stride) const {
-    const auto work = [&](int64_t c, const auto& load_input) {
-      const Vec<A> weight = load(gate_weight + c);
-      Vec<A> sum = load(sums + c);
-      for (int64_t p = 0; p < count; ++p) {
-        sum += grad_logit[p] * load_input(input + p * input_stride);
-        store(grad_input + p * grad_input_stride + c,
-              gate[p] * load(grad_output + p * grad_output_stride + c) + grad_logit[p] * weight);
+    const auto work = [&](int64_t c, auto vectors, auto is_tail) {
+      Vec<A> weight[vectors], sum[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        weight[v] = load(gate_weight + c + v * kLanes<A>);
+        sum[v] = load(sums + c + v * kLanes<A>);
       }
-      store(sums + c, sum);
+      for (int64_t p = 0; p < count; ++p) {
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = c + v * kLanes<A>;
+          const S* from = input + p * input_stride;
+          sum[v] += grad_logit[p] * (is_tail ? load_tail(from) : load(from + at));
+          store(grad_input + p * grad_input_stride + at,
+                gate[p] * load(grad_output + p * grad_output_stride + at) + grad_logit[p] * weight[v]);
+        }
+      }
+      for (int v = 0; v < vectors; ++v) store(sums + c + v * kLanes<A>, sum[v]);
     };
-    for (int64_t c = 0; c < whole; c += kLanes<A>) work(c, [=](const S* from) { return load(from + c); });
-    if (has_tail) work(tail(), [&](const S* from) { return load_tail(from); });
+    for_vectors<A>(whole, [&](int64_t c, auto vectors) { work(c, vectors, std::false_type()); });
+    if (has_tail) work(tail(), std::integral_constant<int, 1>(), std::true_type());
   }
 };
 

@@ -151,15 +151,18 @@ struct GatedPixels {
     A* dots = grad + count;
     dot_pixels(u, x, row, row, count, dots);
     sums[row] += gate_gradients(gate, dots, count, grad);
-    for (int64_t c = 0; c < row; c += kLanes<A>) {
-      const Vec<A> gate_weight = load(operands.gate_weight.data() + c);
-      Vec<A> sum = {};
+    for_vectors<A>(row, [&](int64_t c, auto vectors) {
+      Vec<A> gate_weight[vectors], sum[vectors] = {};
+      for (int v = 0; v < vectors; ++v) gate_weight[v] = load(operands.gate_weight.data() + c + v * kLanes<A>);
       for (int64_t i = 0; i < count; ++i) {
-        sum += grad[i] * load(x + i * row + c);
-        store(u + i * row + c, gate[i] * load(u + i * row + c) + grad[i] * gate_weight);
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = i * row + c + v * kLanes<A>;
+          sum[v] += grad[i] * load(x + at);
+          store(u + at, gate[i] * load(u + at) + grad[i] * gate_weight[v]);
+        }
       }
-      store(sums + c, load(sums + c) + sum);
-    }
+      for (int v = 0; v < vectors; ++v) store(sums + c + v * kLanes<A>, load(sums + c + v * kLanes<A>) + sum[v]);
+    });
   }
 
   // The whole backward of a run of pixels, from the gradient of z, which it overwrites.

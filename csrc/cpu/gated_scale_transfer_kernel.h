@@ -186,6 +186,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
   // A run of grad_output, to read.
   auto tile_of_grad_output() const {
     return [this](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+      if (h + 1 < p.out_height) prefetch_pixels<S>(p.grad_output, p.out_channels, n, h + 1, w, count);
       return tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, buffer);
     };
   }

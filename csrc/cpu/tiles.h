@@ -80,6 +80,20 @@ inline void store_channels(S* to, int64_t count, const A* from) {
   if (c < count) store(to + count - lanes, load(from + count - lanes));
 }
 
+// Calls f(c, number of vectors as a constant) for runs of at most four of the vectors in [0, size). Sums over pixels
+// take such a run at a time: whole cache lines in the order of memory, where one vector at a time would stride through
+// it.
+template <class A, class F>
+inline void for_vectors(int64_t size, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 4 * lanes <= size; c += 4 * lanes) f(c, std::integral_constant<int, 4>());
+  const int64_t rest = (size - c) / lanes;
+  if (rest == 3) f(c, std::integral_constant<int, 3>());
+  if (rest == 2) f(c, std::integral_constant<int, 2>());
+  if (rest == 1) f(c, std::integral_constant<int, 1>());
+}
+
 // Calls f(first, valid) for blocks of `lanes` pixels that cover [0, count); the last block overlaps the one before it,
 // unless there is one block only, and that may be partial.
 template <class A, class F>
@@ -89,6 +103,16 @@ inline void for_blocks(int64_t count, const F& f) {
     const int64_t first = p + lanes <= count ? p : most(0, count - lanes);
     f(first, least(lanes, count - first));
   }
+}
+
+// Asks for a run of channels_last pixels ahead of its use: the blocks of a resampling read short runs, rows apart,
+// which the hardware does not foresee (transposed up2 of 48 channels from L3: 0.47 -> 0.25 ms).
+template <class S>
+inline void prefetch_pixels(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count) {
+  if (t.stride_c != 1 || t.stride_w != channels) return;
+  const char* from = reinterpret_cast<const char*>(pixel<S>(t, n, h, w));
+  const int64_t bytes = count * channels * static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 // Pixels (n, :, h, w .. w + count - 1) into a tile.
@@ -217,9 +241,11 @@ inline void dot_pixels(const A* a, const A* b, int64_t b_row, int64_t row, int64
   int64_t p = 0;
   for (; p + lanes <= count; p += lanes) {
     Vec<A> sums[lanes];
-    for (int64_t i = 0; i < lanes; ++i) sums[i] = load(a + (p + i) * row) * load(b + (p + i) * b_row);
-    for (int64_t c = lanes; c < row; c += lanes)
-      for (int64_t i = 0; i < lanes; ++i) sums[i] += load(a + (p + i) * row + c) * load(b + (p + i) * b_row + c);
+    for (int64_t i = 0; i < lanes; ++i) {  // pixel after pixel, as they lie in memory
+      Vec<A> sum = {};
+      for (int64_t c = 0; c < row; c += lanes) sum += load(a + (p + i) * row + c) * load(b + (p + i) * b_row + c);
+      sums[i] = sum;
+    }
     transpose<A>(sums);
     for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
     store(dots + p, sums[0]);
@@ -251,11 +277,13 @@ inline void relu_pixels(A* tile, int64_t size) {
 // The tile's column sums, added to sums.
 template <class A>
 inline void add_pixels(const A* tile, int64_t row, int64_t count, A* sums) {
-  for (int64_t c = 0; c < row; c += kLanes<A>) {
-    Vec<A> sum = load(sums + c);
-    for (int64_t p = 0; p < count; ++p) sum += load(tile + p * row + c);
-    store(sums + c, sum);
-  }
+  for_vectors<A>(row, [&](int64_t c, auto vectors) {
+    Vec<A> sum[vectors];
+    for (int v = 0; v < vectors; ++v) sum[v] = load(sums + c + v * kLanes<A>);
+    for (int64_t p = 0; p < count; ++p)
+      for (int v = 0; v < vectors; ++v) sum[v] += load(tile + p * row + c + v * kLanes<A>);
+    for (int v = 0; v < vectors; ++v) store(sums + c + v * kLanes<A>, sum[v]);
+  });
 }
 
 // Calls f with a value of the storage type.
