@@ -24,6 +24,17 @@ struct AffineScaleTransfer {
     fill_padded<A>(p.shift, p.shift.stride_n, p.channels, shift.data());
   }
 
+  // Input pixels, of which a resampling reads act(scale x + shift): bilinear enlarging does so up to four times, which
+  // takes less than a tile in between.
+  struct AffineRun : Run<S> {
+    const AffineScaleTransfer& of;
+
+    AffineRun(const Run<S>& run, const AffineScaleTransfer& transfer) : Run<S>(run), of(transfer) {}
+    Vec<A> value(const S* at, int64_t c) const {
+      return of.activate(load(of.scale.data() + c) * load(at) + load(of.shift.data() + c));
+    }
+  };
+
   Vec<A> activate(Vec<A> value) const { return p.relu ? relu(value) : value; }
 
   // to = act(scale x + shift), which may be the same tile.
@@ -41,7 +52,12 @@ struct AffineScaleTransfer {
   }
 
   void forward() const {
-    if (!identity) {
+    if (!identity && is_run<S>(p.input, p.channels)) {
+      resample_to<S>(call, Blocks<A>(p.batch, call.rows, call.cols, p.channels), p.channels, p.output,
+                     [&](int64_t n, int64_t h, int64_t w, int64_t, A*) {
+                       return AffineRun{{pixel<S>(p.input, n, h, w), p.input.stride_w}, *this};
+                     });
+    } else if (!identity) {
       const Blocks<A> blocks(p.batch, call.rows, call.cols, p.channels);
       resample_to<S>(call, blocks, p.channels, p.output,
                      [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
@@ -144,18 +160,17 @@ struct AffineScaleTransfer {
       }
       const BlockResampler<A> resampler(blocks, row, row);
       const Buffer<A> buffer(blocks.input_width() * row);
-      const auto source = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* to) {
-        return tile_of<S>(p.grad_output, p.channels, n, h, w, count, to);
+      const auto consume = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
+        const auto made = [&](A* to) {
+          make(to);
+          return static_cast<const A*>(to);
+        };
+        finish(n, h, w, count, made, u.data(), x.data(), sums);
       };
-      for (int64_t task = begin; task < end; ++task)
-        resample_block(blocks, blocks.block(task), resampler, buffer.data(), source,
-                       [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
-                         const auto made = [&](A* to) {
-                           make(to);
-                           return static_cast<const A*>(to);
-                         };
-                         finish(n, h, w, count, made, u.data(), x.data(), sums);
-                       });
+      with_source<S>(p.grad_output, p.channels, call.rows_transposed.in, [&](const auto& source) {
+        for (int64_t task = begin; task < end; ++task)
+          resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, consume);
+      });
     });
     reduction.template store_totals<A>(0, p.channels, p.grad_scale);
     reduction.template store_totals<A>(row, p.channels, p.grad_shift);

@@ -58,12 +58,28 @@ inline void fill_pixels(A* to, int64_t size, A value) {
   for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, Vec<A>{} + value);
 }
 
-// kVectors vectors of sum_t weights[t] * from[t * step].
-template <int kVectors, class A, class To>
-inline void combine_vectors(const A* weights, int64_t taps, const A* from, int64_t step, To* to) {
+// A run of input pixels, `row` elements apart: a tile, or memory whose pixels are whole vectors of channels. Derived
+// classes may change a vector, which is that of channel c.
+template <class S>
+struct Run {
+  const S* data;
+  int64_t row;
+
+  Vec<Accumulate<S>> value(const S* at, int64_t) const { return load(at); }
+};
+
+template <class S>
+inline bool is_run(const TensorView& t, int64_t channels) {
+  return t.stride_c == 1 && channels % kLanes<Accumulate<S>> == 0;
+}
+
+// kVectors vectors from channel c on of sum_t weights[t] * run[t], run[0] being at `from`.
+template <int kVectors, class A, class R, class S, class To>
+inline void combine_vectors(const A* weights, int64_t taps, const R& run, const S* from, int64_t c, To* to) {
   Vec<A> sum[kVectors] = {};
   for (int64_t t = 0; t < taps; ++t)
-    for (int v = 0; v < kVectors; ++v) sum[v] += weights[t] * load(from + t * step + v * kLanes<A>);
+    for (int v = 0; v < kVectors; ++v)
+      sum[v] += weights[t] * run.value(from + t * run.row + v * kLanes<A>, c + v * kLanes<A>);
   for (int v = 0; v < kVectors; ++v) store(to + v * kLanes<A>, sum[v]);
 }
 
@@ -77,13 +93,14 @@ inline void combine(const A* weights, int64_t taps, const A* from, int64_t step,
     for (int64_t c = 0; c + lanes <= size; c += lanes) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
   } else {
     for_vectors<A>(size, [&](int64_t c, auto vectors) {
-      combine_vectors<decltype(vectors)::value>(weights, taps, from + c, step, to + c);
+      combine_vectors<vectors>(weights, taps, Run<A>{from, step}, from + c, c, to + c);
     });
   }
   if (!kExact || size % lanes == 0) return;
-  if (size >= lanes) return combine_vectors<1>(weights, taps, from + size - lanes, step, to + size - lanes);
+  if (size >= lanes)
+    return combine_vectors<1>(weights, taps, Run<A>{from, step}, from + size - lanes, 0, to + size - lanes);
   To last[lanes];
-  combine_vectors<1>(weights, taps, from, step, last);
+  combine_vectors<1>(weights, taps, Run<A>{from, step}, from, 0, last);
   for (int64_t i = 0; i < size; ++i) to[i] = last[i];
 }
 
@@ -99,8 +116,8 @@ class BlockResampler {
         step_(step),
         window_(2 * most(1, blocks.rows.most_taps) * blocks.width * step + row) {}
 
-  // source(i) returns input row i from column cols.start[block.col0] on; it is asked once for each row that the block
-  // touches, in ascending order. consume(o, make) gets make(to), which makes output row o.
+  // source(i) returns input row i from column cols.start[block.col0] on, as a tile or as a Run; it is asked once for
+  // each row that the block touches, in ascending order. consume(o, make) gets make(to), which makes output row o.
   template <class Source, class Consume>
   void run(const Block& block, const Source& source, const Consume& consume) const {
     // Input rows, resampled along the columns. Twice the window: when it is full, its second half moves to its front,
@@ -117,7 +134,7 @@ class BlockResampler {
                             sizeof(A) * static_cast<size_t>(keep * size));
           base = filled - keep;
         }
-        resample_columns(block, source(filled), window_.data() + (filled - base) * size);
+        resample_columns(block, as_run(source(filled)), window_.data() + (filled - base) * size);
       }
       const A* first = window_.data() + (start - base) * size;
       consume(o, [&](auto* to) {
@@ -132,22 +149,32 @@ class BlockResampler {
   }
 
  private:
+  template <class T>
+  Run<A> as_run(T* tile) const {
+    return {tile, row_};
+  }
+  template <class R>
+  const R& as_run(const R& run) const {
+    return run;
+  }
+
   // Pixels that are closer than whole vectors are written in ascending order: each overwrites what the one before it
   // wrote too much.
-  void resample_columns(const Block& block, const A* from, A* to) const {
-    const auto each = [&](const auto& make) {
-      for (int64_t o = block.col0; o < block.col1; ++o, to += step_)
-        make(cols_.template weights<A>(o), cols_.taps(o), from + (cols_.start[o] - cols_.start[block.col0]) * row_);
+  template <class R>
+  void resample_columns(const Block& block, const R& run, A* to) const {
+    const auto make = [&](int64_t o, int64_t c, auto vectors) {
+      const auto* from = run.data + (cols_.start[o] - cols_.start[block.col0]) * run.row + c;
+      combine_vectors<vectors>(cols_.template weights<A>(o), cols_.taps(o), run, from, c,
+                               to + (o - block.col0) * step_ + c);
     };
-    if (row_ > 4 * kLanes<A>)
-      return each([&](const A* weights, int64_t taps, const A* source) {
-        combine<false>(weights, taps, source, row_, row_, to);
+    if (row_ <= 4 * kLanes<A>) {  // few channels: the loop over pixels is compiled for their number
+      for_vectors<A>(row_, [&](int64_t c, auto vectors) {
+        for (int64_t o = block.col0; o < block.col1; ++o) make(o, c, vectors);
       });
-    for_vectors<A>(row_, [&](int64_t, auto vectors) {  // one run: few channels are unrolled
-      each([&](const A* weights, int64_t taps, const A* source) {
-        combine_vectors<decltype(vectors)::value>(weights, taps, source, row_, to);
-      });
-    });
+    } else {
+      for (int64_t o = block.col0; o < block.col1; ++o)
+        for_vectors<A>(row_, [&](int64_t c, auto vectors) { make(o, c, vectors); });
+    }
   }
 
   AxisView rows_, cols_;
@@ -156,7 +183,7 @@ class BlockResampler {
 };
 
 // Calls consume(n, h, w, count, make) for the runs of pixels of one block of the resampled map; make(to) makes the run.
-// source(n, h, w, count, buffer) returns a run of input pixels, for which it may use the buffer.
+// source(n, h, w, count, buffer) returns a run of input pixels, as a tile or as a Run, for which it may use the buffer.
 template <class A, class Source, class Consume>
 inline void resample_block(const Blocks<A>& blocks, const Block& block, const BlockResampler<A>& resampler, A* buffer,
                            const Source& source, const Consume& consume) {
@@ -164,6 +191,25 @@ inline void resample_block(const Blocks<A>& blocks, const Block& block, const Bl
   resampler.run(
       block, [&](int64_t i) { return source(block.n, i, w, count, buffer); },
       [&](int64_t o, const auto& make) { consume(block.n, o, block.col0, block.width(), make); });
+}
+
+// Calls use(source) with the source of a map for a resampling: its pixels where they lie, or in tiles.
+template <class S, class Use>
+inline void with_source(const TensorView& t, int64_t channels, int64_t height, const Use& use) {
+  const auto prefetch_next = [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+    if (h + 1 < height) prefetch_pixels<S>(t, channels, n, h + 1, w, count);
+  };
+  if (is_run<S>(t, channels)) {
+    use([&](int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>*) {
+      prefetch_next(n, h, w, count);
+      return Run<S>{pixel<S>(t, n, h, w), t.stride_w};
+    });
+  } else {
+    use([&](int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>* buffer) {
+      prefetch_next(n, h, w, count);
+      return tile_of<S>(t, channels, n, h, w, count, buffer);
+    });
+  }
 }
 
 // A whole map, resampled into memory of any layout.

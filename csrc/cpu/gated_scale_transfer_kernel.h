@@ -171,7 +171,9 @@ struct GatedScaleTransfer : GatedPixels<S> {
     } else if (!shrinks) {
       const Map<A> grad(p.batch, p.in_height * p.in_width, p.out_channels);
       const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.out_channels);
-      resample_to<A>(call, blocks, grad.row, grad.view(p.in_width), tile_of_grad_output());
+      with_source<S>(p.grad_output, p.out_channels, p.out_height, [&](const auto& source) {
+        resample_to<A>(call, blocks, grad.row, grad.view(p.in_width), source);
+      });
       Base::backward(this->backward_pixels(this->pixels_per_tile(), {}), 0,
                      [&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.in_width + w); });
     } else if (project_late) {
@@ -179,16 +181,8 @@ struct GatedScaleTransfer : GatedPixels<S> {
       backward_late_projection(grad);
       backward_blocks([&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.out_width + w); });
     } else {
-      backward_blocks(tile_of_grad_output());
+      with_source<S>(p.grad_output, p.out_channels, p.out_height, [&](const auto& source) { backward_blocks(source); });
     }
-  }
-
-  // A run of grad_output, to read.
-  auto tile_of_grad_output() const {
-    return [this](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-      if (h + 1 < p.out_height) prefetch_pixels<S>(p.grad_output, p.out_channels, n, h + 1, w, count);
-      return tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, buffer);
-    };
   }
 
   void backward_runs() const {
