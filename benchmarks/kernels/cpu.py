@@ -1,14 +1,14 @@
 """``python -m gsto_benchmarks.kernels.cpu``: the compiled CPU operators against the same steps in eager PyTorch.
 
 The shapes are those of HRNet-W18 and W48 at 512x1024 crops, N = 1. Both sides run in one process on the same threads, in turn,
-round after round; times are medians, with the garbage collector off as in ``timeit``. On one thread they are processor time, which
-leaves out the time of other programs. Every row is checked against float64 before it is timed: a wrong result has no time. Nor
-has a row that other programs disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
+round after round; times are medians, with the garbage collector off as in ``timeit``. On one thread they are processor time,
+without the time of other programs. Every row is checked against float64 before it is timed: a wrong result has no time. Nor has a
+row that other programs disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
 
-The floor of a row is the larger of two times that no implementation can beat on this machine: its multiply-adds at the rate of a
-large matrix product (forward once, backward twice; the ReLU's mask counts as kept), and the bytes that must be moved (forward: map
-and results; backward: map, gradients of results and of the map) at the rate of a copy that moves as many. Both rates are measured
-in the same run.
+The floor of a row is the larger of two times that no implementation can beat on this machine: its multiply-adds at the rate of
+a large matrix product (forward once, backward twice; the ReLU's mask counts as kept), and the bytes that must be moved (forward:
+the map and the results; backward: the map and the gradients of both) at the rate of a copy that moves as many. Both rates are
+measured in the same run.
 """
 
 import argparse
@@ -265,8 +265,11 @@ def best_time(run: Callable[[], object], rounds: int = 15) -> float:
 
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
-    """Multiply-adds per second of a large matrix product. float32: at least half of bfloat16's rate, because an instruction that
-    multiplies 32 bfloat16 multiplies 16 float32; PyTorch's float32 product may be far from it (115 of 260 GFLOP/s on one EPYC)."""
+    """Multiply-adds per second of a large matrix product.
+
+    float32: at least half of bfloat16's rate, because an instruction multiplies 32 bfloat16 or 16 float32, and PyTorch's float32
+    product may be far from that (115 of 260 GFLOP/s on one EPYC).
+    """
     size = 1024
     a, b = torch.randn(2, size, size).to(dtype)
     rate = size**3 / best_time(lambda: a @ b)
@@ -284,7 +287,8 @@ def copy_time(count: int) -> float:
 def floor_time(case: Case, operands: Sequence[Tensor], outputs: Sequence[Tensor], backward: bool) -> float:
     x = operands[0]
     moved = [x, *outputs, *([x, *outputs, x] if backward else [])]
-    copied = copy_time(sum(t.numel() * t.element_size() for t in moved))
+    others = (2 if backward else 1) * case.other_bytes
+    copied = copy_time(sum(t.numel() * t.element_size() for t in moved) + others)
     if not case.multiply_adds:
         return copied
     return max(copied, (3 if backward else 1) * case.multiply_adds / product_rate(x.dtype))
@@ -358,9 +362,8 @@ def main() -> None:
         torch.empty(30 << 20, dtype=torch.uint8)
     gc.disable()
     with gsto_ops.use_backend("cpu"):
-        print(
-            "| case | layout | dtype | pass | eager ms | ours ms | ratio | floor ms | ours / floor | eager / floor | error (eager's) |"
-        )
+        times = "eager ms | ours ms | eager / ours | floor ms | ours / floor | eager / floor"
+        print(f"| case | layout | dtype | pass | {times} | error (eager's) |")
         print("|" + " --- |" * 11)
         for case in cases:
             for layout in arguments.layout or LAYOUTS:
