@@ -134,7 +134,21 @@ def main() -> None:
         from torch.utils.cpp_extension import BuildExtension
 
         record["torch"] = torch.__version__
-        commands["build_ext"] = BuildExtension
+
+        class BuildExtensions(BuildExtension):
+            """Names objects by the whole name of the source: an operator's .cu and .cpp have the same one otherwise."""
+
+            def build_extensions(self):
+                usual = self.compiler.object_filenames
+
+                def object_filenames(sources, *args, **kwargs):
+                    objects = map(Path, usual(sources, *args, **kwargs))
+                    return [str(o.with_name(Path(s).name + o.suffix)) for s, o in zip(sources, objects, strict=True)]
+
+                self.compiler.object_filenames = object_filenames
+                super().build_extensions()
+
+        commands["build_ext"] = BuildExtensions
     if not no_cuda:
         # sm_80 and sm_90 machine code, and PTX that the driver compiles for anything newer.
         record["cuda architectures"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
