@@ -1,209 +1,33 @@
 """``python -m gsto_benchmarks.kernels.cpu``: the compiled CPU operators against the same steps in eager PyTorch.
 
-The shapes are those of HRNet-W18 and W48 at 512x1024 crops, N = 1. Both sides run in one process on the same threads, in turn,
-round after round; times are medians, with the garbage collector off as in ``timeit``. On one thread they are processor time,
-without the time of other programs. Every row is checked against float64 before it is timed: a wrong result has no time. Nor has a
-row that other programs disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
+The cases are those of ``kernels.cases``. Both sides run in one process on the same threads, in turn, round after round; times are
+medians, with the garbage collector off as in ``timeit``. On one thread they are processor time, without the time of other
+programs. Every row is checked against float64 before it is timed: a wrong result has no time. Nor has a row that other programs
+disturbed, three times over: threads then wait for each other for as long as the scheduler likes.
 
 The floor of a row is the larger of two times that no implementation can beat on this machine: its multiply-adds at the rate of
 a large matrix product (forward once, backward twice; the ReLU's mask counts as kept), and the bytes that must be moved (forward:
-the map and the results; backward: the map and the gradients of both) at the rate of a copy that moves as many. Both rates are
+the maps and the results; backward: the maps and the gradients of both) at the rate of a copy that moves as many. Both rates are
 measured in the same run.
 """
 
 import argparse
 import functools
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gsto_ops
 
+from .cases import CASES, Case, Function
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 ATTEMPTS = 3
-Function = Callable[..., tuple[Tensor, ...]]
-
-
-@dataclass
-class Case:
-    """Two functions of the same operands. float32 lists the operands that stay float32 whatever the map's dtype."""
-
-    name: str
-    ours: Function
-    eager: Function
-    shapes: Sequence[tuple[int, ...]]  # of the operands; the first is the map
-    float32: Sequence[int] = ()
-    other_bytes: int = 0  # per image, that the function reads beside its operands
-    multiply_adds: int = 0  # of the forward pass's product
-
-
-def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    if x.shape[-2:] == size:
-        return x
-    return F.adaptive_avg_pool2d(x, size) if mode == "avg" else F.interpolate(x, size=size, mode=mode)
-
-
-def transfer(name: str, channels: int, out: int | None, size: tuple[int, int], to: tuple[int, int], relu=False) -> Case:
-    """gated_scale_transfer; with ``relu`` in its folded-BN inference form."""
-    mode = "avg" if to[0] < size[0] else "bilinear"
-    activation = "relu" if relu else None
-
-    def ours(x: Tensor, gate_weight: Tensor, weight: Tensor | None = None, bias: Tensor | None = None):
-        options = {"activation": activation} if relu else {}
-        return (gsto_ops.gated_scale_transfer(x, gate_weight, None, weight, bias, size=to, mode=mode, **options),)
-
-    def eager(x: Tensor, gate_weight: Tensor, weight: Tensor | None = None, bias: Tensor | None = None):
-        y = torch.sigmoid(F.conv2d(x, gate_weight)) * x
-        if weight is not None:
-            y = F.conv2d(y, weight, bias)
-        return (resize(y.relu() if relu else y, to, mode),)
-
-    shapes = [(1, channels, *size), (1, channels, 1, 1)]
-    if out:
-        shapes += [(out, channels, 1, 1), (out,)]
-    # Without an activation the product may run where there are fewer pixels.
-    pixels = math.prod(size) if relu else min(math.prod(size), math.prod(to))
-    label = f"gated_scale_transfer{' relu' if relu else ''}: {name}"
-    return Case(label, ours, eager, shapes, multiply_adds=channels * (out or 0) * pixels)
-
-
-def projection(name: str, channels: int, out: int, size: tuple[int, int]) -> Case:
-    """gated_projection; eager takes the statistics that a batch norm needs."""
-
-    def eager(x: Tensor, gate_weight: Tensor, weight: Tensor):
-        gate = torch.sigmoid(F.conv2d(x, gate_weight))
-        z = F.conv2d(gate * x, weight)
-        var, mean = torch.var_mean(z.float() if x.dtype == torch.bfloat16 else z, (0, 2, 3), correction=0)
-        return z, gate, mean, var
-
-    def ours(x: Tensor, gate_weight: Tensor, weight: Tensor):
-        return gsto_ops.gated_projection(x, gate_weight, None, weight)
-
-    shapes = [(1, channels, *size), (1, channels, 1, 1), (out, channels, 1, 1)]
-    return Case(f"gated_projection: {name}", ours, eager, shapes, multiply_adds=channels * out * math.prod(size))
-
-
-def affine(name: str, channels: int, size: tuple[int, int], to: tuple[int, int], relu=False) -> Case:
-    """affine_scale_transfer; eager runs a batch norm in eval mode."""
-    mode = "avg" if to[0] < size[0] else "bilinear"
-
-    def ours(x: Tensor, scale: Tensor, shift: Tensor):
-        activation = "relu" if relu else None
-        return (gsto_ops.affine_scale_transfer(x, scale, shift, activation=activation, size=to, mode=mode),)
-
-    def eager(x: Tensor, scale: Tensor, shift: Tensor):
-        y = F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
-        return (resize(y.relu() if relu else y, to, mode),)
-
-    shapes = [(1, channels, *size), (channels,), (channels,)]
-    return Case(f"affine_scale_transfer{' relu' if relu else ''}: {name}", ours, eager, shapes, float32=(1, 2))
-
-
-def training(name: str, channels: int, out: int, size: tuple[int, int], to: tuple[int, int], relu=False) -> Case:
-    """A projection with a batch norm in training mode: gated_projection, then affine_scale_transfer."""
-    mode = "avg" if to[0] < size[0] else "bilinear"
-
-    def ours(x: Tensor, gate_weight: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor):
-        z, _, mean, var = gsto_ops.gated_projection(x, gate_weight, None, weight)
-        scale = norm_weight * (var + 1e-5).rsqrt()
-        shift = norm_bias - mean * scale
-        activation = "relu" if relu else None
-        return (gsto_ops.affine_scale_transfer(z, scale, shift, activation=activation, size=to, mode=mode),)
-
-    def eager(x: Tensor, gate_weight: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor):
-        z = F.conv2d(torch.sigmoid(F.conv2d(x, gate_weight)) * x, weight)
-        y = F.batch_norm(z, None, None, norm_weight, norm_bias, training=True)
-        return (resize(y.relu() if relu else y, to, mode),)
-
-    shapes = [(1, channels, *size), (1, channels, 1, 1), (out, channels, 1, 1), (out,), (out,)]
-    label = f"gated_projection + affine_scale_transfer{' relu' if relu else ''}: {name}"
-    return Case(label, ours, eager, shapes, (3, 4), multiply_adds=channels * out * math.prod(size))
-
-
-def pyramid(name: str, channels: int, size: tuple[int, int], bins: Sequence[int] = (1, 2, 3, 6)) -> Case:
-    """gated_pyramid_pool; eager makes all gates in one convolution."""
-
-    def ours(x: Tensor, gate_weight: Tensor, gate_bias: Tensor):
-        pooled, _ = gsto_ops.gated_pyramid_pool(x, gate_weight, gate_bias, bins=list(bins))
-        return tuple(pooled)
-
-    def eager(x: Tensor, gate_weight: Tensor, gate_bias: Tensor):
-        gate = torch.sigmoid(F.conv2d(x, gate_weight, gate_bias))
-        return tuple(F.adaptive_avg_pool2d(gate[:, k : k + 1] * x, b) for k, b in enumerate(bins))
-
-    shapes = [(1, channels, *size), (len(bins), channels, 1, 1), (len(bins),)]
-    return Case(f"gated_pyramid_pool: {name}", ours, eager, shapes)
-
-
-def cross_entropy(name: str, classes: int, size: tuple[int, int], to: tuple[int, int]) -> Case:
-    """upsample_cross_entropy; a tenth of the labels are ignored."""
-
-    @cache
-    def target_of(images: int, device: torch.device) -> Tensor:
-        target = torch.randint(0, classes, (images, *to), generator=torch.Generator().manual_seed(0))
-        target[:, : to[0] // 10] = 255
-        return target.to(device)
-
-    def ours(x: Tensor):
-        return (gsto_ops.upsample_cross_entropy(x, target_of(len(x), x.device), ignore_index=255),)
-
-    def eager(x: Tensor):
-        logits = x if x.dtype == torch.float64 else x.float()
-        logits = F.interpolate(logits, size=to, mode="bilinear")
-        return (F.cross_entropy(logits, target_of(len(x), x.device), ignore_index=255),)
-
-    name = f"upsample_cross_entropy: {name}"
-    return Case(name, ours, eager, [(1, classes, *size)], other_bytes=8 * to[0] * to[1])
-
-
-CASES = [
-    # The gated fusion module's transfers between branches (batch norm folded).
-    transfer("up2 96 -> 48, 64x128", 96, 48, (64, 128), (128, 256)),
-    transfer("up4 192 -> 48, 32x64", 192, 48, (32, 64), (128, 256)),
-    transfer("up8 384 -> 48, 16x32", 384, 48, (16, 32), (128, 256)),
-    transfer("up2 384 -> 192, 16x32", 384, 192, (16, 32), (32, 64)),
-    transfer("up2 36 -> 18, 64x128", 36, 18, (64, 128), (128, 256)),
-    transfer("up4 72 -> 18, 32x64", 72, 18, (32, 64), (128, 256)),
-    transfer("up8 144 -> 18, 16x32", 144, 18, (16, 32), (128, 256)),
-    transfer("same size, 48, 128x256", 48, None, (128, 256), (128, 256)),
-    transfer("same size, 384, 16x32", 384, None, (16, 32), (16, 32)),
-    transfer("same size, 18, 128x256", 18, None, (128, 256), (128, 256)),
-    # The paper-literal gated transition: from the concatenated branches to a new one, and pooling as such.
-    transfer("down4 144 -> 192, 128x256", 144, 192, (128, 256), (32, 64), relu=True),
-    transfer("down4 54 -> 72, 128x256", 54, 72, (128, 256), (32, 64), relu=True),
-    transfer("up2 96 -> 48, 64x128", 96, 48, (64, 128), (128, 256), relu=True),
-    transfer("down2 48 -> 96, 128x256", 48, 96, (128, 256), (64, 128)),
-    transfer("down2 18 -> 36, 128x256", 18, 36, (128, 256), (64, 128)),
-    # The same in training.
-    projection("96 -> 48, 64x128", 96, 48, (64, 128)),
-    projection("384 -> 48, 16x32", 384, 48, (16, 32)),
-    projection("36 -> 18, 64x128", 36, 18, (64, 128)),
-    projection("144 -> 192, 128x256", 144, 192, (128, 256)),
-    affine("up2 48, 64x128", 48, (64, 128), (128, 256)),
-    affine("up8 48, 16x32", 48, (16, 32), (128, 256)),
-    affine("up2 18, 64x128", 18, (64, 128), (128, 256)),
-    affine("down4 192, 128x256", 192, (128, 256), (32, 64), relu=True),
-    affine("same size, 48, 128x256", 48, (128, 256), (128, 256), relu=True),
-    training("up2 96 -> 48, 64x128", 96, 48, (64, 128), (128, 256)),
-    training("up8 384 -> 48, 16x32", 384, 48, (16, 32), (128, 256)),
-    training("up2 36 -> 18, 64x128", 36, 18, (64, 128), (128, 256)),
-    training("down4 144 -> 192, 128x256", 144, 192, (128, 256), (32, 64), relu=True),
-    pyramid("W48, 720, 128x256", 720, (128, 256)),
-    pyramid("W18, 270, 128x256", 270, (128, 256)),
-    pyramid("ResNet-50, 2048, 64x128", 2048, (64, 128)),
-    # The loss of one head.
-    cross_entropy("19 classes, 128x256 -> 512x1024", 19, (128, 256), (512, 1024)),
-    cross_entropy("60 classes, 120x120 -> 480x480", 60, (120, 120), (480, 480)),
-]
 
 
 def make_operands(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor]:
@@ -213,7 +37,7 @@ def make_operands(case: Case, dtype: torch.dtype, memory_format: torch.memory_fo
     operands = []
     for i, shape in enumerate(case.shapes):
         values = torch.randn(shape, generator=generator)
-        if i == 0:
+        if i < case.maps:
             values = values.contiguous(memory_format=memory_format)
         elif len(shape) == 4:
             values = values / channels**0.5
@@ -285,13 +109,13 @@ def copy_time(count: int) -> float:
 
 
 def floor_time(case: Case, operands: Sequence[Tensor], outputs: Sequence[Tensor], backward: bool) -> float:
-    x = operands[0]
-    moved = [x, *outputs, *([x, *outputs, x] if backward else [])]
+    maps = operands[: case.maps]
+    moved = [*maps, *outputs, *([*maps, *outputs, *maps] if backward else [])]
     others = (2 if backward else 1) * case.other_bytes
     copied = copy_time(sum(t.numel() * t.element_size() for t in moved) + others)
     if not case.multiply_adds:
         return copied
-    return max(copied, (3 if backward else 1) * case.multiply_adds / product_rate(x.dtype))
+    return max(copied, (3 if backward else 1) * case.multiply_adds / product_rate(maps[0].dtype))
 
 
 def measure(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, backward: bool, rounds: int) -> str:

@@ -1,6 +1,6 @@
 """``python -m gsto_benchmarks.kernels.gpu``: the GPU operators against their memory floor, eager PyTorch and torch.compile.
 
-The cases are those of ``kernels.cpu`` at N = 8. Floor = bytes of the operands and results, each moved once, over the copy
+The cases are those of ``kernels.cases`` at N = 8. Floor = bytes of the operands and results, each moved once, over the copy
 bandwidth measured in the same run. Times are medians of launches with a flushed L2 cache; ``graph`` replays a CUDA graph of the
 call. A row is timed only after its results were checked against float64. Writes a table and JSON to ``--out``.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 
 import gsto_ops
 
-from .cpu import CASES, LAYOUTS, Case, errors, make_operands, results
+from .cases import CASES, Case
+from .cpu import LAYOUTS, errors, make_operands, results
 
 BATCH = 8
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -65,14 +66,16 @@ def moved_bytes(tensors: list[Tensor]) -> int:
 
 def measure(case: Case, dtype: torch.dtype, layout: str, backward: bool, bandwidth: float, compiled: bool) -> dict:
     """One row. RuntimeError when a backend is less exact than eager PyTorch allows for."""
-    batched = replace(case, shapes=[(BATCH, *case.shapes[0][1:]), *case.shapes[1:]])
+    maps = [(BATCH, *shape[1:]) for shape in case.shapes[: case.maps]]
+    batched = replace(case, shapes=[*maps, *case.shapes[case.maps :]])
     operands = [o.detach().cuda().requires_grad_() for o in make_operands(batched, dtype, LAYOUTS[layout])]
     with torch.no_grad():
         outputs = batched.eager(*operands)
     grads = [torch.randn_like(o) for o in outputs] if backward else None
-    # Forward: read the map, write the outputs. Backward reads the map and the output gradients, and writes the map's gradient.
-    moved = moved_bytes([operands[0], *outputs]) + BATCH * case.other_bytes
-    moved += moved_bytes([operands[0], operands[0], *outputs]) + BATCH * case.other_bytes if backward else 0
+    # Forward: read the maps, write the outputs. Backward reads the maps and the output gradients, and writes the maps' gradients.
+    inputs = operands[: case.maps]
+    moved = moved_bytes([*inputs, *outputs]) + BATCH * case.other_bytes
+    moved += moved_bytes([*inputs, *inputs, *outputs]) + BATCH * case.other_bytes if backward else 0
     row = {"case": case.name, "layout": layout, "pass": "forward + backward" if backward else "forward"}
     row["dtype"], row["floor ms"] = str(dtype).removeprefix("torch."), moved / bandwidth * 1e3
     row["eager ms"] = milliseconds(lambda: results(batched.eager, operands, grads))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import gsto_ops
 
-from .cpu import Case, Function, affine, errors, make_operands, projection, pyramid, results, training, transfer
+from .cases import Case, Function, affine, projection, pyramid, training, transfer
+from .cpu import errors, make_operands, results
 
 CALLS = 20  # per round: less than the scheduler's time slice
 CASES = [
