@@ -138,7 +138,9 @@ class TrainingTask(LightningModule, ABC):
         loss = self.step_loss(batch)
         self.loss_watch.put(loss.detach(), batch, self.global_step, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(batch[0]))
+        # a tensor, since Lightning copies numbers to the GPU, and such a copy waits until all its work is done
+        rate = torch.tensor(self.optimizers().param_groups[0]["lr"])
+        self.log("train/lr", rate, batch_size=len(batch[0]))
         return loss
 
     def on_train_end(self) -> None:

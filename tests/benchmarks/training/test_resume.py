@@ -7,6 +7,7 @@ VARIANTS = {
     "sgd": [],
     "adamw, workers": ["--model.optimizer=adamw", "--data.num_workers=2"],
     "average of the weights": ["--ema_decay=0.9"],
+    "mixed precision": ["--trainer.precision=bf16-mixed"],
     "accumulated": ["--global_batch_size=4", "--data.batch_size=2"],
     "evaluations in mid-epoch": ["--trainer.val_check_interval=3"],
     "evaluations every other epoch": ["--trainer.check_val_every_n_epoch=2"],
