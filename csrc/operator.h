@@ -63,6 +63,20 @@ inline ScalarType scalar_type(const char* op, const Tensor& input, bool takes_fl
   return ScalarType::kFloat64;
 }
 
+// torch's allocation, whose own error does not say what was asked for.
+inline Tensor allocate(const char* op, const Tensor& input, const std::vector<int64_t>& shape,
+                       torch::headeronly::ScalarType dtype,
+                       std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
+  try {
+    return torch::stable::empty(shape, dtype, std::nullopt, input.device(), std::nullopt, format);
+  } catch (const std::exception& error) {
+    std::string wanted;
+    for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "gsto_ops::", op, ": allocating (", wanted, ") of dtype ", dtype,
+                    " failed for input of shape ", shape_of(input), "; is there enough memory? ", error.what());
+  }
+}
+
 inline bool is_relu(const char* op, StringHandle handle) {
   const std::string activation = text_of(handle);
   STD_TORCH_CHECK(activation == "none" || activation == "relu", "gsto_ops::", op,

@@ -79,6 +79,12 @@ inline SplitPlan plan_weight_gradient(int64_t batch, int64_t pixels, int channel
   return plan;
 }
 
+// Address of element (image, channel, pixel) of a dense map.
+template <bool kChannelsLast>
+GSTO_HOST_DEVICE int64_t offset_of(int64_t image, int channels, int64_t pixels, int channel, int64_t pixel) {
+  return kChannelsLast ? (image * pixels + pixel) * channels + channel : (image * channels + channel) * pixels + pixel;
+}
+
 // How the pixels of a map are cut into tiles: of at most 64, tile_width being a power of two, but for those of a sum.
 struct Tiling {
   int height = 1, width = 1;  // of the map

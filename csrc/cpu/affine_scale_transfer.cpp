@@ -30,7 +30,7 @@ Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& shift, St
   const ResamplingTables tables(op, r);
   const Tensor output = op.new_map(p.channels, r.rows.out, r.cols.out);
   p.output = view(output);
-  chosen_kernels().affine_scale_transfer(tables.forward(), p);
+  op.run(chosen_kernels().affine_scale_transfer, tables.forward(), p);
   return output;
 }
 
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   p.grad_input = view(grad_input);
   p.grad_scale = grad_scale.data_ptr();
   p.grad_shift = grad_shift.data_ptr();
-  chosen_kernels().affine_scale_transfer_backward(tables.backward(), p);
+  op.run(chosen_kernels().affine_scale_transfer_backward, tables.backward(), p);
   return {grad_input, grad_scale, grad_shift};
 }
 

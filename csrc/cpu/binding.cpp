@@ -1,6 +1,7 @@
 #include "cpu/binding.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace gsto::cpu {
 namespace {
@@ -10,8 +11,23 @@ torch::headeronly::ScalarType statistics_type(const Tensor& input) {
   return input.scalar_type() == wide ? wide : torch::headeronly::ScalarType::Float;
 }
 
+// Memory that a task does not get is reported by the calling thread: torch would lose the exception's type.
 void parallel_for(int64_t tasks, Task task, void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, task, context));
+  struct Guarded {
+    Task task;
+    void* context;
+    std::atomic<bool> out_of_memory;
+  } guarded{task, context, {false}};
+  const Task run = [](int64_t begin, int64_t end, void* data) {
+    Guarded& guarded = *static_cast<Guarded*>(data);
+    try {
+      guarded.task(begin, end, guarded.context);
+    } catch (const std::bad_alloc&) {
+      guarded.out_of_memory = true;
+    }
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, run, &guarded));
+  if (guarded.out_of_memory) throw std::bad_alloc();
 }
 
 void serial_for(int64_t tasks, Task task, void* context) { task(0, tasks, context); }
@@ -58,17 +74,17 @@ void Operator::check(const char* argument, const OptionalTensor& tensor, const s
 // channels_last when the input's channels are adjacent, else contiguous (gsto_ops/ops/library.py).
 Tensor Operator::new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const {
   const bool channels_last = input.stride(1) == 1 && input.stride(3) > 1;
-  return torch::stable::empty(
-      {batch, map_channels, map_height, map_width}, input.scalar_type(), std::nullopt, input.device(), std::nullopt,
+  return allocate(
+      name, input, {batch, map_channels, map_height, map_width}, input.scalar_type(),
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 Tensor Operator::new_tensor(const std::vector<int64_t>& shape) const {
-  return torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device());
+  return allocate(name, input, shape, input.scalar_type());
 }
 
 Tensor Operator::new_statistics(const std::vector<int64_t>& shape) const {
-  return torch::stable::empty(shape, statistics_type(input), std::nullopt, input.device());
+  return allocate(name, input, shape, statistics_type(input));
 }
 
 Call Operator::call(int64_t out_pixels) const {

@@ -1,6 +1,8 @@
 // What the bindings of the CPU operators share: checks, results and resampling. torch's stable ABI only.
 #pragma once
 
+#include <new>
+
 #include "cpu/dispatch.h"
 #include "operator.h"
 
@@ -29,6 +31,17 @@ class Operator {
   Tensor new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const;
   Tensor new_tensor(const std::vector<int64_t>& shape) const;
   Tensor new_statistics(const std::vector<int64_t>& shape) const;
+
+  // Runs a kernel; memory that it cannot get is an error with the operator's name.
+  template <class Params>
+  void run(Kernel<Params> kernel, const Call& call, const Params& params) const {
+    try {
+      kernel(call, params);
+    } catch (const std::bad_alloc&) {
+      STD_TORCH_CHECK(false, "gsto_ops::", name, ": out of memory for maps in between, input of shape ",
+                      shape_of(input));
+    }
+  }
 
   // A call whose output maps have so many pixels; it has no resampling tables yet.
   Call call(int64_t out_pixels) const;

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   p.gate = view(gate);
   p.mean = view(mean);
   p.var = view(var);
-  chosen_kernels().gated_projection(op.call(op.height * op.width), p);
+  op.run(chosen_kernels().gated_projection, op.call(op.height * op.width), p);
   return {output, gate, mean, var};
 }
 
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, O
   p.grad_gate_weight = grad_gate_weight.data_ptr();
   p.grad_gate_bias = grad_gate_bias.data_ptr();
   p.grad_weight = grad_weight.data_ptr();
-  chosen_kernels().gated_projection_backward(op.call(op.height * op.width), p);
+  op.run(chosen_kernels().gated_projection_backward, op.call(op.height * op.width), p);
   return {grad_input, grad_gate_weight, grad_gate_bias, grad_weight};
 }
 

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
   const Tensor gate = call.op.new_tensor({p.batch, p.levels, p.height, p.width});
   p.pooled = PyramidCall::map_view(pooled);
   p.gate = view(gate);
-  chosen_kernels().gated_pyramid_pool(call.op.call(p.height * p.width), p);
+  call.op.run(chosen_kernels().gated_pyramid_pool, call.op.call(p.height * p.width), p);
   return {pooled, gate};
 }
 
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_pooled, OptionalT
   p.grad_input = view(grad_input);
   p.grad_gate_weight = grad_gate_weight.data_ptr();
   p.grad_gate_bias = grad_gate_bias.data_ptr();
-  chosen_kernels().gated_pyramid_pool_backward(call.op.call(p.height * p.width), p);
+  call.op.run(chosen_kernels().gated_pyramid_pool_backward, call.op.call(p.height * p.width), p);
   return {grad_input, grad_gate_weight, grad_gate_bias};
 }
 

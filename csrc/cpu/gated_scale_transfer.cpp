@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
   const Tensor gate = op.new_tensor({p.batch, 1, p.in_height, p.in_width});
   p.output = view(output);
   p.gate = view(gate);
-  chosen_kernels().gated_scale_transfer(tables.forward(), p);
+  op.run(chosen_kernels().gated_scale_transfer, tables.forward(), p);
   return {output, gate};
 }
 
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_gate_bias = grad_gate_bias.data_ptr();
   p.grad_weight = grad_weight.data_ptr();
   p.grad_bias = grad_bias.data_ptr();
-  chosen_kernels().gated_scale_transfer_backward(tables.backward(), p);
+  op.run(chosen_kernels().gated_scale_transfer_backward, tables.backward(), p);
   return {grad_input, grad_gate_weight, grad_gate_bias, grad_weight, grad_bias};
 }
 

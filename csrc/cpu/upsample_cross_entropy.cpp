@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& ta
   p.logsumexp = pixel_view(logsumexp);
   if (losses.has_value()) p.loss = pixel_view(*losses);
   p.totals = totals;
-  chosen_kernels().upsample_cross_entropy(tables.forward(), p);
+  op.run(chosen_kernels().upsample_cross_entropy, tables.forward(), p);
   check_labels(op, p);
   if (reduction == Reduction::kNone) return {*losses, logsumexp, op.new_statistics({0})};
   if (reduction == Reduction::kSum) return {new_number(op, totals[0]), logsumexp, op.new_statistics({0})};
@@ -107,7 +107,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& input, const Tensor& targ
   }
   const Tensor grad_input = op.new_map(p.channels, op.height, op.width);
   p.grad_input = view(grad_input);
-  chosen_kernels().upsample_cross_entropy_backward(tables.backward(), p);
+  op.run(chosen_kernels().upsample_cross_entropy_backward, tables.backward(), p);
   check_labels(op, p);
   return grad_input;
 }

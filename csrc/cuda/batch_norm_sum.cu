@@ -156,7 +156,7 @@ resampled_sum(const ResampledSumParams p) {
     if (h >= tile.height || w >= tile.width) continue;
     const int pixels = tile.width - w < kRun ? tile.width - w : kRun;  // NCHW: all, as units divide the rows
     const int64_t pixel = static_cast<int64_t>(h) * tile.width + w;
-    const int64_t offset = offset_of<T, kLast>(tile.image, p.channels, tile.pixels(), channel, pixel);
+    const int64_t offset = offset_of<kLast>(tile.image, p.channels, tile.pixels(), channel, pixel);
     float sum[kUnits][kWidth] = {};
     // A map of the output's size, all loads before the first use.
     const auto each_unit = [&](const void* map, const auto& f) {
@@ -200,8 +200,8 @@ resampled_sum(const ResampledSumParams p) {
       const T* source = static_cast<const T*>(p.term[k]);
       ColumnReader<T, kLast, kWidth> reader;
       const auto row_at = [&](int source_row) {
-        return source + offset_of<T, kLast>(tile.image, p.channels, source_pixels, channel,
-                                            static_cast<int64_t>(source_row) * source_width);
+        return source + offset_of<kLast>(tile.image, p.channels, source_pixels, channel,
+                                         static_cast<int64_t>(source_row) * source_width);
       };
       reader.top = row_at(rows.first);
       reader.bottom = row_at(rows.second);

@@ -106,16 +106,15 @@ StripPlan Call::plan_strips_of(int64_t images, const std::vector<const void*>& m
 
 Tensor Call::new_map(int64_t map_channels, int64_t map_height, int64_t map_width, int64_t images) const {
   const std::vector<int64_t> shape = {images < 0 ? batch : images, map_channels, map_height, map_width};
-  return fresh(torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device(), std::nullopt,
-                                    memory_format(format.channels_last)));
+  return fresh(allocate(op, input, shape, input.scalar_type(), memory_format(format.channels_last)));
 }
 
 Tensor Call::new_tensor(const std::vector<int64_t>& shape) const {
-  return fresh(torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device()));
+  return fresh(allocate(op, input, shape, input.scalar_type()));
 }
 
 Tensor Call::new_floats(const std::vector<int64_t>& shape) const {
-  return fresh(torch::stable::empty(shape, torch::headeronly::ScalarType::Float, std::nullopt, input.device()));
+  return fresh(allocate(op, input, shape, torch::headeronly::ScalarType::Float));
 }
 
 void Call::launched(cudaError_t error) const {

@@ -228,6 +228,12 @@ void wait_copies(int pending) {
 }
 
 cudaError_t launch(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  error_message.clear();
+  constexpr size_t kLimit = 163 << 10;  // of a block on sm_80, the least of the supported architectures
+  if (shared_bytes > kLimit) {
+    error_message = std::to_string(shared_bytes) + " bytes of shared memory, the limit is " + std::to_string(kLimit);
+    return cudaErrorInvalidValue;
+  }
   Block state;
   state.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
   state.warps = std::vector<Warp>(static_cast<size_t>(threads / 32));
@@ -235,7 +241,6 @@ cudaError_t launch(dim3 grid, int threads, size_t shared_bytes, const std::funct
   state.body = &body;
   block = &state;
   gridDim = grid;
-  error_message.clear();
   unsigned count = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {

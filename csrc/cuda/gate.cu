@@ -42,7 +42,7 @@ gate_resample(const GateResampleParams p) {
             Loaded loaded = {};
             const int q = base + pixel;
             if (q < region) {
-              const T* from = input + offset_of<T, kLast>(tile.image, p.channels, in_pixels, channel, pixel_of(q));
+              const T* from = input + offset_of<kLast>(tile.image, p.channels, in_pixels, channel, pixel_of(q));
               if constexpr (kLast) {
                 loaded = load_vector(from, p.channels - channel, access);
               } else {
@@ -104,7 +104,7 @@ gate_resample(const GateResampleParams p) {
           result[j] = sum;
         }
       }
-      const int64_t offset = offset_of<T, kLast>(tile.image, p.channels, tile.pixels(), channel, tile.index(pixel));
+      const int64_t offset = offset_of<kLast>(tile.image, p.channels, tile.pixels(), channel, tile.index(pixel));
       store_unit(dest + offset, count, dest_whole, result);
     });
   });
@@ -122,7 +122,7 @@ struct GatheredGradient {
 
   GSTO_DEVICE Vec16 load(int pixel, int channel, int count) const {
     if (!identity) return {};
-    return load_vector(source + offset_of<T, kLast>(tile.image, channels, pixels, channel, tile.index(pixel)), count,
+    return load_vector(source + offset_of<kLast>(tile.image, channels, pixels, channel, tile.index(pixel)), count,
                        whole);
   }
 

@@ -33,7 +33,7 @@ GSTO_DEVICE void gate_backward_tile(const GateBackwardOperands& o, const PixelTi
     decltype(du.load(0, 0, 0)) gradient;
   };
   const auto offset_at = [&](int p, int channel) {
-    return offset_of<T, kLast>(tile.image, channels, tile.pixels(), channel, tile.index(p));
+    return offset_of<kLast>(tile.image, channels, tile.pixels(), channel, tile.index(p));
   };
   const auto load = [&](int p, int channel) {
     Unit unit = {};

@@ -27,7 +27,7 @@ GSTO_DEVICE void write_copies(const GatedSplitParams& p, const PixelTile& tile, 
       for (int pass = 0; pass < L::kPasses; ++pass) {
         const int pixel = L::pixel(pass), count = unit_count<T, kLast>(tile, p.channels, pixel, channel);
         if (channel >= p.channels || count == 0) continue;
-        const int64_t at = offset_of<T, kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
+        const int64_t at = offset_of<kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
         x[b][pass] = load_vector(static_cast<const T*>(p.input) + at, count, whole);
       }
     }
@@ -46,7 +46,7 @@ GSTO_DEVICE void write_copies(const GatedSplitParams& p, const PixelTile& tile, 
           unpack<T>(x[b][pass], values);
 #pragma unroll
           for (int j = 0; j < kVector<T>; ++j) values[j] *= gate[kLast ? pixel : pixel + j];
-          const int64_t at = offset_of<T, kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
+          const int64_t at = offset_of<kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
           store_unit(copied + at, count, copied_whole, values);
         }
       }
@@ -81,9 +81,8 @@ split_gates(const GatedSplitParams p) {
           [&](int pixel, int channel) {
             const int count = unit_count<T, kLast>(tile, p.channels, pixel, channel);
             if (count == 0) return Vec16{};
-            return load_vector(
-                input + offset_of<T, kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel)), count,
-                whole);
+            return load_vector(input + offset_of<kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel)),
+                               count, whole);
           },
           [&](int, int channel, const Vec16& loaded, auto& sums) {
             float x[kVector<T>];

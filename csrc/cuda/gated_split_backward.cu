@@ -35,7 +35,7 @@ split_backward(const GatedSplitBackwardParams p) {
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const PixelTile tile(tiling, index);
     const auto offset_at = [&](int pixel, int channel) {
-      return offset_of<T, kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
+      return offset_of<kLast>(tile.image, p.channels, p.pixels, channel, tile.index(pixel));
     };
     with_access(all_whole, [&](auto whole) {
       struct Unit {

@@ -52,6 +52,23 @@ inline void bind_plans(py::module_& m) {
       py::arg("scale") = 0.0,
       "Per output of a resampled axis: (first input, inputs, weight of the first, weight of each other).");
   m.def(
+      "map_offset",
+      [](int64_t image, int channels, int64_t pixels, int channel, int64_t pixel, bool channels_last) {
+        return channels_last ? offset_of<true>(image, channels, pixels, channel, pixel)
+                             : offset_of<false>(image, channels, pixels, channel, pixel);
+      },
+      py::arg("image"), py::arg("channels"), py::arg("pixels"), py::arg("channel"), py::arg("pixel"),
+      py::arg("channels_last"), "Where the CUDA kernels find an element of a dense map.");
+  m.def(
+      "plan_pixel_rows",
+      [](int64_t batch, int64_t pixels, bool channels_last) {
+        const PixelRows rows = pixel_rows(batch, pixels, channels_last);
+        return py::make_tuple(rows.images, rows.pixels);
+      },
+      py::arg("batch"), py::arg("pixels"), py::arg("channels_last"));
+  m.def("plan_images_per_chunk", &images_per_chunk, py::arg("batch"), py::arg("bytes_per_image"),
+        py::arg("chunk_bytes"));
+  m.def(
       "axis_readers",
       [](int64_t in, int64_t out, const std::string& mode, bool align_corners, double scale) {
         const Axis axis = axis_from(in, out, mode, align_corners, scale);

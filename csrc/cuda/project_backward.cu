@@ -89,7 +89,7 @@ project_backward(const ProjectBackwardParams p) {
         float values[kVector<T>];
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) values[j] = staged[line * stride + along + j];
-        T* to = static_cast<T*>(p.grad_input) + offset_of<T, kLast>(image, p.channels, p.pixels, c, pixel);
+        T* to = static_cast<T*>(p.grad_input) + offset_of<kLast>(image, p.channels, p.pixels, c, pixel);
         store_unit(to, left < kVector<T> ? static_cast<int>(left) : kVector<T>, whole, values);
       }
     }

@@ -60,7 +60,7 @@ GSTO_DEVICE void finish_tile(const Accumulators& acc, const float* gates, float*
     float values[kVector<T>];
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) values[j] = staged[line * kStagedStride + along + j];
-    T* to = static_cast<T*>(t.output) + offset_of<T, kLast>(t.image, t.out_channels, t.map_pixels, m, t.pixel0 + pixel);
+    T* to = static_cast<T*>(t.output) + offset_of<kLast>(t.image, t.out_channels, t.map_pixels, m, t.pixel0 + pixel);
     store_unit(to, count, t.whole, values);
   }
   if (t.means != nullptr) {  // two threads per channel, each with every other pixel

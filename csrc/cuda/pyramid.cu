@@ -58,8 +58,7 @@ pyramid_sums(const PyramidParams p) {
               using Loaded = std::conditional_t<kLast, Vec16, T>;
               Loaded loaded = {};
               if (q < count) {
-                const T* from =
-                    input + offset_of<T, kLast>(tile.image, p.channels, pixels, channel, pixel_of(base + q));
+                const T* from = input + offset_of<kLast>(tile.image, p.channels, pixels, channel, pixel_of(base + q));
                 if constexpr (kLast) {
                   loaded = load_vector(from, p.channels - channel, access);
                 } else {
@@ -105,7 +104,7 @@ pyramid_sums(const PyramidParams p) {
         float sums[kGates][kWidth] = {};
         for (int q = lane; q < count && channel < p.channels; q += kLanes) {
           float x[kVector<T>];
-          const T* from = input + offset_of<T, kLast>(tile.image, p.channels, pixels, channel, pixel_of(base + q));
+          const T* from = input + offset_of<kLast>(tile.image, p.channels, pixels, channel, pixel_of(base + q));
           load_unit(from, kLast ? p.channels - channel : 1, whole, x);
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
@@ -249,7 +248,7 @@ pyramid_backward(const PyramidBackwardParams p) {
     };
     const auto unit_at = [&](int pixel, int channel, int& count, int64_t& offset) {
       count = unit_count<T, kLast>(tile, p.channels, pixel, channel);
-      if (count > 0) offset = offset_of<T, kLast>(tile.image, p.channels, pixels, channel, tile.index(pixel));
+      if (count > 0) offset = offset_of<kLast>(tile.image, p.channels, pixels, channel, tile.index(pixel));
       return count > 0;
     };
 

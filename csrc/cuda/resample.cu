@@ -149,7 +149,7 @@ resample(const ResampleParams p) {
           result[j] = sum;
         }
       }
-      const int64_t offset = offset_of<T, kLast>(tile.image, p.channels, tile.pixels(), channel, tile.index(pixel));
+      const int64_t offset = offset_of<kLast>(tile.image, p.channels, tile.pixels(), channel, tile.index(pixel));
       if constexpr (kTransposed) {
         if (p.mask != nullptr) {
           float before[kVector<T>];

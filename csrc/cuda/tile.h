@@ -159,12 +159,6 @@ struct PixelTile {
   GSTO_DEVICE int64_t pixels() const { return static_cast<int64_t>(height) * width; }
 };
 
-// Address of element (image, channel, pixel) of a map.
-template <class T, bool kLast>
-GSTO_DEVICE int64_t offset_of(int64_t image, int channels, int64_t pixels, int channel, int64_t pixel) {
-  return kLast ? (image * pixels + pixel) * channels + channel : (image * channels + channel) * pixels + pixel;
-}
-
 // How many elements of the unit at (p, channel) exist.
 template <class T, bool kLast>
 GSTO_DEVICE int unit_count(const PixelTile& tile, int channels, int p, int channel) {

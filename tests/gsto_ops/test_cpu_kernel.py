@@ -1,6 +1,8 @@
 """The compiled CPU kernels of gated_scale_transfer against float64 mathematics in plain PyTorch, for every instruction set."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -361,3 +363,55 @@ def test_public_function_runs_the_kernel():
     expected, expected_gate, _ = plain(operands, (12, 10), "bilinear", False)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gate, expected_gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_addresses_have_64_bits(instruction_set: str, dtype: torch.dtype, tmp_path):
+    """Images, channels, rows and columns that lie more than 2^31 elements apart, in a file that is almost all holes."""
+    far = 2**31 + 24
+    for axis in range(4):
+        shape = [3, 18, 4, 5]
+        strides = [360, 1, 90, 18]
+        strides[axis] = far
+        path = tmp_path / f"{axis}.bin"
+        storage = torch.from_file(str(path), shared=True, size=(shape[axis] - 1) * far + 1080, dtype=dtype)
+        x = storage.as_strided(shape, strides)
+        values = torch.randn(shape).to(dtype)
+        x.copy_(values)
+        operands = [x, *make_operands(3, 18, 7, (4, 5), dtype)[1:]]
+        output, gate = kernel(operands, (8, 10), "bilinear", False)
+        expected, expected_gate = kernel([values, *operands[1:]], (8, 10), "bilinear", False)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(gate, expected_gate)
+        del storage, x, operands
+        path.unlink()
+
+
+def test_failed_allocations_name_operator_and_shapes():
+    x, gate_weight = torch.randn(64, 256, 1, 1), torch.randn(1, 256, 1, 1)
+    with pytest.raises(
+        RuntimeError, match=r"gated_scale_transfer: allocating \(64, 256, 30000, 40000\) .* shape \(64, 256, 1, 1\)"
+    ):
+        OP(x, gate_weight, None, None, None, "none", [30000, 40000], "nearest", False, None, None)
+
+    # Address space for the results (130 MiB), but not for the float32 map before the resampling (256 MiB).
+    code = """
+import resource, torch, gsto_ops
+torch.set_num_threads(2)
+x = torch.randn(1, 2, 1024, 1024, dtype=torch.bfloat16)
+gate_weight, weight = torch.randn(1, 2, 1, 1).bfloat16(), torch.randn(64, 2, 1, 1).bfloat16()
+small = x[:, :, :32, :32]
+arguments = (gate_weight, None, weight, None, "none")
+torch.ops.gsto_ops.gated_scale_transfer(small, *arguments, [16, 64], "bilinear", False, None, None)  # threads have started
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+try:
+    torch.ops.gsto_ops.gated_scale_transfer(x, *arguments, [512, 2048], "bilinear", False, None, None)
+except RuntimeError as error:
+    print(error)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("limits of the address space are Linux's")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "gsto_ops::gated_scale_transfer: out of memory" in result.stdout, result.stdout + result.stderr
+    assert "input of shape (1, 2, 1024, 1024)" in result.stdout

@@ -326,3 +326,14 @@ def test_bad_input_names_operator_and_shapes(ops):
         RuntimeError, match=r"gated_pyramid_pool: the bins cut input of shape \(1, 4, 300, 300\) into more than 128"
     ):
         ops.gated_pyramid_pool(torch.randn(1, 4, 300, 300), rho, None, [200])
+
+
+def test_failed_launches_and_allocations_name_operator_and_shapes(ops):
+    x, rho = torch.randn(1, 60000, 1, 1), torch.randn(1, 60000, 1, 1)
+    with pytest.raises(RuntimeError, match=r"gated_pyramid_pool: the launch .* failed .* shape \(1, 60000, 1, 1\)"):
+        ops.gated_pyramid_pool(x, rho, None, [1])  # 235 KiB of sums do not fit into shared memory
+    x, rho = torch.randn(64, 256, 1, 1), torch.randn(1, 256, 1, 1)
+    with pytest.raises(
+        RuntimeError, match=r"gated_scale_transfer: allocating \(64, 256, 30000, 40000\) .* shape \(64, 256, 1, 1\)"
+    ):
+        ops.gated_scale_transfer(x, rho, None, None, None, "none", (30000, 40000), "nearest", False, None, None)

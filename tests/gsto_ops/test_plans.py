@@ -200,3 +200,39 @@ def test_tiles_of_a_sum(channels, height, width, channels_last):
     assert (
         plan["group"] * (plan["width"] if channels_last else 1) <= 256
     )  # channels whose parameters are in shared memory
+
+
+LIMIT = 2**31 - 65  # the longest axis
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 48, 130])
+def test_addresses_have_64_bits(channels, channels_last):
+    """Maps of more than 2^31 elements, which no test could allocate."""
+    pixels = 1 << 30
+    for image, channel, pixel in ((0, 0, 0), (7, channels - 1, pixels - 1), (1 << 20, channels // 2, pixels // 3)):
+        found = plans.map_offset(image, channels, pixels, channel, pixel, channels_last)
+        expected = (image * pixels + pixel) * channels + channel
+        if not channels_last:
+            expected = (image * channels + channel) * pixels + pixel
+        assert found == expected
+
+
+def test_long_rows_of_pixels_stay_below_32_bits():
+    assert plans.plan_pixel_rows(8, 1 << 20, True) == (1, 8 << 20)
+    assert plans.plan_pixel_rows(8, 1 << 20, False) == (8, 1 << 20)
+    assert plans.plan_pixel_rows(2, 1 << 30, True) == (2, 1 << 30)  # 2^31 pixels are not one row
+    assert plans.plan_pixel_rows(1 << 20, 1 << 20, True) == (1 << 20, 1 << 20)
+    assert plans.plan_images_per_chunk(64, 1 << 40, 16 << 20) == 1
+    assert plans.plan_images_per_chunk(64, 1 << 20, 16 << 20) == 16
+
+
+def test_taps_of_the_longest_axes():
+    for out in (1, 3, 7):
+        for o, (start, count, first, _) in enumerate(plans.axis_taps(LIMIT, out, "avg")):
+            assert (start, start + count) == (o * LIMIT // out, -(-(o + 1) * LIMIT // out))
+            assert first == pytest.approx(1 / count, rel=1e-6)
+        for o, (start, count, first, rest) in enumerate(plans.axis_taps(LIMIT, out, "bilinear")):
+            position = max(0.0, LIMIT / out * (o + 0.5) - 0.5)
+            assert start == int(position) and count == 2
+            assert first + rest == 1 and rest == pytest.approx(position - start, abs=1e-6)
