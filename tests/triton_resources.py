@@ -220,10 +220,22 @@ def compile_all(architecture: int, dtype: torch.dtype, quick: bool, tf32: bool) 
         reduce,
         resample,
         split,
+        split_backward,
         upsample_cross_entropy,
     )
 
-    modules = (gate, norm, norm_backward, product, pyramid, reduce, resample, split, upsample_cross_entropy)
+    modules = (
+        gate,
+        norm,
+        norm_backward,
+        product,
+        pyramid,
+        reduce,
+        resample,
+        split,
+        split_backward,
+        upsample_cross_entropy,
+    )
 
     triton.runtime.driver.set_active(OfflineDriver(architecture))
     target = configs.Target(f"sm_{architecture}", MULTIPROCESSORS[architecture], "offline")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .launch import new_map
 from .product import Gradient, weight_gradient
-from .split import split_branch, split_branch_backward
+from .split import split_branch
+from .split_backward import split_branch_backward
 
 
 def forward(

@@ -303,12 +303,12 @@ def sweep_any_strides(last):
 @layouts
 def sweep_wide_offsets(monkeypatch, last):
     """With 64-bit offsets inside images, to the bit the same."""
-    from gsto_ops.triton import norm, norm_backward, product, resample, split
+    from gsto_ops.triton import norm, norm_backward, product, resample, split, split_backward
 
     x, same, dy = (layout(torch.randn(2, 18, 4, 6), last) for _ in range(3))
     operands = (x, torch.rand(2, 1, 4, 6), same, layout(torch.randn(2, 18, 2, 3), last), dy)
     narrow = everything(*operands)
-    for module in (norm, norm_backward, product, resample, split):
+    for module in (norm, norm_backward, product, resample, split, split_backward):
         monkeypatch.setattr(module, "is_wide", lambda *maps: True)
     for a, b in zip(everything(*operands), narrow, strict=True):
         assert torch.equal(a, b)
