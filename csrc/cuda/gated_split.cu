@@ -175,10 +175,12 @@ split_project(const GatedSplitParams p) {
       }
       const bool whole = vectorizable<T>(p.projected[k], kLast ? rows : p.pixels);
       ProductTile to = {p.projected[k], rows, p.pixels, pixels.image, pixel0, count, row0, whole};
-      to.tiles = gridDim.x;
-      to.means = p.statistics + p.row_begin[k] * to.tiles + blockIdx.x;
-      to.squares = to.means + p.row_begin[p.projections] * to.tiles;
-      finish_tile<T, kLast>(acc, gates + k * kTilePixels, staged, to);
+      to.statistics = true;
+      finish_tile<T, kLast>(acc, gates + k * kTilePixels, staged, to, [&](int m, float mean, float squares) {
+        float* of = p.statistics + static_cast<int64_t>(p.row_begin[k] + m) * gridDim.x + blockIdx.x;
+        of[0] = mean;
+        of[static_cast<int64_t>(p.row_begin[p.projections]) * gridDim.x] = squares;
+      });
     }
   }
   if (makes_gates && blockIdx.y == 0) write_copies<T, kLast>(p, pixels, gates);

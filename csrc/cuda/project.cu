@@ -65,12 +65,12 @@ project(const ProjectParams p) {
     ProductTile to = {p.output, p.out_channels, p.pixels, image, pixel0, pixels, row0, whole};
     to.bias = p.bias;
     to.relu = p.relu;
-    if (p.statistics != nullptr) {
-      to.tiles = tiles * p.batch;
-      to.means = p.statistics + blockIdx.x;
-      to.squares = to.means + p.out_channels * to.tiles;
-    }
-    finish_tile<T, kLast>(acc, gates, staged, to);
+    to.statistics = p.statistics != nullptr;
+    finish_tile<T, kLast>(acc, gates, staged, to, [&](int m, float mean, float squares) {
+      const int64_t all = tiles * p.batch;
+      p.statistics[m * all + blockIdx.x] = mean;
+      p.statistics[(p.out_channels + m) * all + blockIdx.x] = squares;
+    });
   }
 }
 

@@ -27,26 +27,29 @@ struct ProductTile {
   bool whole;                         // see load_vector
   const void* bias = nullptr;
   bool relu = false;
-  int64_t tiles = 0;  // statistics: means[channel * tiles] and squares[channel * tiles] are this tile's
-  float *means = nullptr, *squares = nullptr;
+  bool statistics = false;
 };
 
-// output = act(gate * acc + bias). All threads call it; `staged` may be used again on return.
-template <class T, bool kLast>
-GSTO_DEVICE void finish_tile(const Accumulators& acc, const float* gates, float* staged, const ProductTile& t) {
+// output = act(gate * acc + bias). With statistics, store(channel, mean, sum of squared differences) is called per
+// channel of the tile. All threads call it; `staged` may be used again on return.
+template <class T, bool kLast, class Store>
+GSTO_DEVICE void finish_tile(const Accumulators& acc, const float* gates, float* staged, const ProductTile& t,
+                             const Store& store) {
   const int tid = static_cast<int>(threadIdx.x);
   // Staged as the output wants it: pixels adjacent, or channels adjacent.
   acc.each([&](int row, int col, float value) {
-    value *= gates[col];
-    if (t.bias != nullptr || t.relu || t.means != nullptr) {
+    if (t.bias != nullptr || t.relu || t.statistics) {
       const int m = t.row0 + row;
+      value *= gates[col];
       if (t.bias != nullptr && m < t.out_channels) value += load_scalar<T>(t.bias, m);
       if (t.relu && value < 0) value = 0;
-      if (t.means != nullptr) {  // of the values that are stored
+      if (t.statistics) {  // of the values that are stored
         T rounded;
         from_float(value, rounded);
         value = to_float(rounded);
       }
+    } else {
+      value *= gates[col];
     }
     staged[kLast ? col * kStagedStride + row : row * kStagedStride + col] = value;
   });
@@ -63,7 +66,7 @@ GSTO_DEVICE void finish_tile(const Accumulators& acc, const float* gates, float*
     T* to = static_cast<T*>(t.output) + offset_of<kLast>(t.image, t.out_channels, t.map_pixels, m, t.pixel0 + pixel);
     store_unit(to, count, t.whole, values);
   }
-  if (t.means != nullptr) {  // two threads per channel, each with every other pixel
+  if (t.statistics) {  // two threads per channel, each with every other pixel
     const int row = tid / 2, half = tid % 2, m = t.row0 + row;
     const auto value = [&](int pixel) {
       return staged[kLast ? pixel * kStagedStride + row : row * kStagedStride + pixel];
@@ -73,10 +76,7 @@ GSTO_DEVICE void finish_tile(const Accumulators& acc, const float* gates, float*
     mean = (mean + shuffle_xor(mean, 1)) / static_cast<float>(t.pixels);
     for (int pixel = half; pixel < t.pixels; pixel += 2) squares += (value(pixel) - mean) * (value(pixel) - mean);
     squares += shuffle_xor(squares, 1);
-    if (half == 0 && m < t.out_channels) {
-      t.means[m * t.tiles] = mean;
-      t.squares[m * t.tiles] = squares;
-    }
+    if (half == 0 && m < t.out_channels) store(m, mean, squares);
   }
   sync_threads();
 }
