@@ -208,9 +208,14 @@ const void* exchange(const void* value, size_t bytes) {
   return values;
 }
 
+void check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    block->error = "access of " + std::to_string(bytes) + " bytes at an address that is no multiple of it";
+}
+
 void copy_async(void* to, const void* from, int bytes) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  if (!aligned(to) || !aligned(from)) block->error = "asynchronous copy of 16 bytes between unaligned addresses";
+  check_aligned(to, 16);
+  check_aligned(from, 16);
   block->fibers[running].copies.back().push_back({to, from, bytes});
 }
 

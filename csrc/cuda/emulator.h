@@ -1,7 +1,8 @@
 // A CUDA block on the CPU: every thread is a fiber, barriers and warp-wide operations switch between them. What it
 // finds: shared memory read before it was written (it starts as NaN), writes past its end (guard zones), and barriers
 // that only some of the threads reach. Blocks with an odd index run their threads in descending order, so that a
-// missing barrier shows in one of the two directions. cuda/emulator.cpp has the scheduler.
+// missing barrier shows in one of the two directions. Vector accesses are checked for their alignment.
+// cuda/emulator.cpp has the scheduler.
 #pragma once
 
 #include <cmath>
@@ -32,6 +33,9 @@ char* shared_memory();
 void sync_threads(int line, const char* file);
 // Lets the 32 lanes of the warp exchange values: returns all of them, in lane order, valid until the next exchange.
 const void* exchange(const void* value, size_t bytes);
+
+// Stops the launch where a thread accesses so many bytes at an address that the hardware would refuse.
+void check_aligned(const void* address, size_t bytes);
 
 // Asynchronous copies happen when they are waited for, as late as the hardware may make them.
 void copy_async(void* to, const void* from, int bytes);

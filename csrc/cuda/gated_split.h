@@ -29,7 +29,7 @@ GSTO_DEVICE void gate_weights_at(const float* row, int channel, float (&to)[kVec
 #pragma unroll
     for (int j = 0; j < kVector<T>; j += 4) {
       float four[4];
-      unpack<float>(*reinterpret_cast<const Vec16*>(row + channel + j), four);
+      unpack<float>(*aligned(reinterpret_cast<const Vec16*>(row + channel + j)), four);
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[j + i] = four[i];
     }

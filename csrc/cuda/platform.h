@@ -46,6 +46,11 @@ inline void sync_threads(int line = __builtin_LINE(), const char* file = __built
   emulator::sync_threads(line, file);
 }
 inline float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
+template <class V>  // a pointer to a vector; the emulator checks its alignment
+V* aligned(V* address) {
+  emulator::check_aligned(address, sizeof(V));
+  return address;
+}
 inline float fast_exp(float v) { return std::exp(v); }
 
 inline float to_float(float v) { return v; }
@@ -91,6 +96,10 @@ GSTO_DEVICE char* shared_memory() {
 }
 GSTO_DEVICE void sync_threads() { __syncthreads(); }
 GSTO_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+template <class V>
+GSTO_DEVICE V* aligned(V* address) {
+  return address;
+}
 GSTO_DEVICE float fast_exp(float v) { return __expf(v); }  // two instructions; relative error 2^-21 + |v| 2^-23
 
 GSTO_DEVICE float to_float(float v) { return v; }

@@ -114,7 +114,7 @@ struct OperandLoader {
       if (map.whole) {
         copy_async(tile + to, from, count * static_cast<int>(sizeof(T)));
       } else {
-        *reinterpret_cast<Vec16*>(tile + to) = load_vector(from, count, false);
+        *aligned(reinterpret_cast<Vec16*>(tile + to)) = load_vector(from, count, false);
       }
     });
   }
@@ -125,7 +125,7 @@ struct OperandLoader {
     each(map, row0, k0, [&](int to, int pixel, int channel, int count) {
       if (count == 0) return;
       float values[kVector<T>];
-      unpack<T>(*reinterpret_cast<const Vec16*>(tile + to), values);
+      unpack<T>(*aligned(reinterpret_cast<const Vec16*>(tile + to)), values);
       if (map.c0 != nullptr) {
         float z[kVector<T>];
         load_unit(map.z + offset(map, pixel, channel), count, map.whole, z);
@@ -140,7 +140,7 @@ struct OperandLoader {
         for (int j = 0; j < kVector<T>; ++j)
           if (j < count) values[j] *= to_float(map.scale[kLast ? pixel : pixel + j]);
       }
-      *reinterpret_cast<Vec16*>(tile + to) = pack<T>(values);
+      *aligned(reinterpret_cast<Vec16*>(tile + to)) = pack<T>(values);
     });
   }
 };

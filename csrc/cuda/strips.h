@@ -13,7 +13,7 @@ using UnitBits = std::conditional_t<kWidth * sizeof(T) == 16, Vec16,
 
 template <class T, int kWidth>
 GSTO_DEVICE UnitBits<T, kWidth> load_bits(const void* map, int64_t offset) {
-  return *reinterpret_cast<const UnitBits<T, kWidth>*>(static_cast<const T*>(map) + offset);
+  return *aligned(reinterpret_cast<const UnitBits<T, kWidth>*>(static_cast<const T*>(map) + offset));
 }
 
 template <class T, int kWidth>
@@ -41,14 +41,15 @@ template <class T, int kWidth>
 GSTO_DEVICE void store_values(void* map, int64_t offset, const float (&from)[kWidth]) {
   T* to = static_cast<T*>(map) + offset;
   if constexpr (kWidth * sizeof(T) == 16) {
-    *reinterpret_cast<Vec16*>(to) = pack<T>(from);
+    *aligned(reinterpret_cast<Vec16*>(to)) = pack<T>(from);
   } else if constexpr (kWidth == 1) {
     from_float(from[0], *to);
   } else {
     T low, high;
     from_float(from[0], low);
     from_float(from[1], high);
-    *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
+    *aligned(reinterpret_cast<uint32_t*>(to)) = static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits)
+                                                                                      << 16;
   }
 }
 
@@ -71,7 +72,7 @@ struct ChannelTable {
 #pragma unroll
       for (int j = 0; j < kEntries; j += 4) {
         float four[4];
-        unpack<float>(*reinterpret_cast<const Vec16*>(&at(parameter, unit, j)), four);
+        unpack<float>(*aligned(reinterpret_cast<const Vec16*>(&at(parameter, unit, j))), four);
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[j + i] = four[i];
       }

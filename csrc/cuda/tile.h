@@ -31,7 +31,7 @@ GSTO_DEVICE bool vectorizable(const void* data, int64_t row) {
 
 template <class T>
 GSTO_DEVICE Vec16 load_vector(const T* from, int count, bool whole) {
-  if (whole && count >= kVector<T>) return *reinterpret_cast<const Vec16*>(from);
+  if (whole && count >= kVector<T>) return *aligned(reinterpret_cast<const Vec16*>(from));
   union {
     Vec16 vector;
     T elements[kVector<T>];
@@ -95,7 +95,7 @@ GSTO_DEVICE Vec16 pack(const float (&from)[kVector<T>]) {
 // compiler can move. Whole units have all their elements.
 template <class T, bool kWhole>
 GSTO_DEVICE Vec16 load_vector(const T* from, int count, std::bool_constant<kWhole>) {
-  if constexpr (kWhole) return *reinterpret_cast<const Vec16*>(from);
+  if constexpr (kWhole) return *aligned(reinterpret_cast<const Vec16*>(from));
   return load_vector(from, count, false);
 }
 
@@ -118,7 +118,7 @@ template <class T>
 GSTO_DEVICE void store_unit(T* to, int count, bool whole, const float (&from)[kVector<T>]) {
   const Vec16 v = pack<T>(from);
   if (whole && count >= kVector<T>) {
-    *reinterpret_cast<Vec16*>(to) = v;
+    *aligned(reinterpret_cast<Vec16*>(to)) = v;
     return;
   }
 #pragma unroll
