@@ -220,6 +220,7 @@ SPLITS = [
     ((1, 48, 8, 16), [18], 2, 3),
     ((3, 130, 4, 5), [70, 3, 20], 0, 4),  # row tiles of several projections; a gate that is only computed
     ((4, 64, 12, 16), [64, 96], 1, 3),  # several chunks of images
+    ((1, 40, 5, 9), [70, 30], 1, 3),  # so few pixels that row tiles are spread over blocks
     ((1, 36, 5, 16), [7, 9], 3, 7),  # more gates than one reading sums
     ((2, 17, 3, 3), [], 5, 6),
     ((1, 1, 1, 1), [1], 1, 2),
