@@ -34,7 +34,10 @@ def ranges(problem: configs.Problem, config: configs.Config, device: torch.devic
     return per_split, ceil_div(tiles, per_split), blocks
 
 
-# Traffic: x once (2 bytes per element of a 16-bit map); 12 bytes per column and program of partial statistics.
+FIRST = tl.constexpr(16)  # pixels whose mean is taken off before squares are added
+
+
+# Traffic: x once (2 bytes per element of a 16-bit map); 16 bytes per column and program of partial statistics.
 @triton.jit(do_not_specialize=["images", "height", "tiles_per_split"])
 def channel_statistics_kernel(
     input,
@@ -55,8 +58,9 @@ def channel_statistics_kernel(
 ):
     """Per range of pixel tiles: the count, the mean and the sum of squared differences from it.
 
-    The sums are of differences from the range's first pixel: of n pixels at d from their mean, one adds d²/n to the variance, so
-    that the rounding of d² costs at most n units in the last place, whatever the mean.
+    The sums are of differences from the mean of the range's first few pixels: its distance d from the mean of all n is a
+    fraction of their deviation, or comes from an outlier, which adds more than d² to the sum that d² n is subtracted from: the
+    rounding costs at most n units in the last place, whatever the mean.
     """
     blocks = tl.cdiv(columns, BLOCK_C)
     split = tl.program_id(0) // blocks
@@ -64,10 +68,12 @@ def channel_statistics_kernel(
     tiles_w = tl.cdiv(width, BLOCK_P)
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, images * height * tiles_w)
+    near = begin % tiles_w * BLOCK_P + indices(0, FIRST, WIDE)
     first = input + (begin // (tiles_w * height)).to(tl.int64) * input_strides[0]
-    first += (begin // tiles_w % height).to(c.dtype) * input_strides[2]
-    first += (begin % tiles_w * BLOCK_P).to(c.dtype) * input_strides[3]
-    pivot = tl.load(first + c * input_strides[1], mask=c < columns, other=0.0).to(tl.float32)
+    at = offsets(tl.zeros_like(near) + begin // tiles_w % height, near, c, input_strides, LAST)
+    inside = by_pixel(near < width, LAST) & by_channel(c < columns, LAST)
+    pivot = sum_pixels(tl.load(first + at, mask=inside, other=0.0).to(tl.float32), LAST)
+    pivot /= tl.minimum(width - begin % tiles_w * BLOCK_P, FIRST).to(tl.float32)
     total = zeros(BLOCK_P, BLOCK_C, LAST)
     square = zeros(BLOCK_P, BLOCK_C, LAST)
     pixels = tl.zeros((BLOCK_P,), tl.float32)
@@ -82,7 +88,7 @@ def channel_statistics_kernel(
     count = tl.sum(pixels)
     mean = sum_pixels(total, LAST) / count
     at = split.to(tl.int64) * columns + c
-    tl.store(means + at, pivot + mean, mask=c < columns)
+    tl.store(means + at, pivot.to(tl.float64) + mean.to(tl.float64), mask=c < columns)
     spread = tl.maximum(sum_pixels(square, LAST) - count * mean * mean, 0.0)
     tl.store(squares + at, spread, mask=c < columns)
     tl.store(counts + at // channels, tl.zeros_like(mean) + count, mask=(c < columns) & (c % channels == 0))
@@ -100,7 +106,8 @@ def channel_statistics(input: Tensor, mean: Tensor, variance: Tensor) -> None:
     def run(config: configs.Config) -> tuple[Tensor, ...]:
         per_split, splits, blocks = ranges(problem, config, input.device)
         counts = torch.empty(splits * fold, dtype=torch.float32, device=input.device)
-        means, squares = torch.empty((2, splits * fold, channels), dtype=torch.float32, device=input.device)
+        means = torch.empty((splits * fold, channels), dtype=torch.float64, device=input.device)
+        squares = torch.empty((splits * fold, channels), dtype=torch.float32, device=input.device)
         launch(
             channel_statistics_kernel,
             splits * blocks,

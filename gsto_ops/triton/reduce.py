@@ -8,7 +8,7 @@ from torch import Tensor
 from .launch import ceil_div, launch
 
 ROWS = 1024  # that one program adds up; more of them take another launch, of a few microseconds
-COLUMNS = 16
+COLUMNS = 8  # 32 bytes: a sector of a row
 
 
 # Traffic: every row once.
@@ -79,19 +79,24 @@ def merge_statistics_kernel(
     total = tl.sum(count)
     # Differences from one row's mean keep the digits that a large common mean would cost.
     pivot = tl.load(means + group * ROWS * channels + c, mask=c < channels, other=0.0)
-    merged = pivot + tl.sum(count * (mean - pivot[None, :]), 0) / total
-    difference = tl.where(mask, mean - merged[None, :], 0.0)
+    difference = (mean - pivot[None, :]).to(tl.float32)
+    shift = tl.sum(count * difference, 0) / total
+    difference = tl.where(mask, difference - shift[None, :], 0.0)
     spread = tl.sum(square + count * difference * difference, 0)
     if LAST_LEVEL:
         spread /= total
     else:
         tl.store(counts_out + group, total)
+    merged = (pivot + shift).to(means_out.dtype.element_ty)
     tl.store(means_out + group * channels + c, merged, mask=c < channels)
     tl.store(squares_out + group * channels + c, spread, mask=c < channels)
 
 
 def merge_statistics(counts: Tensor, means: Tensor, squares: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Mean and biased variance per channel from those of tiles: (tiles,), (tiles, C), (tiles, C). NaN without tiles."""
+    """Mean and biased variance per channel from those of tiles: (tiles,), (tiles, C), (tiles, C). NaN without tiles.
+
+    Means in float64 keep the variance of the means exact where their common part is large.
+    """
     rows, channels = means.shape
     if rows == 0:
         mean.fill_(float("nan"))
@@ -103,7 +108,7 @@ def merge_statistics(counts: Tensor, means: Tensor, squares: Tensor, mean: Tenso
         last = groups == 1
         between = counts.new_empty((0,) if last else (groups,))
         means_out = mean if last else means.new_empty((groups, channels))
-        squares_out = variance if last else means.new_empty((groups, channels))
+        squares_out = variance if last else squares.new_empty((groups, channels))
         launch(
             merge_statistics_kernel,
             groups * blocks,
