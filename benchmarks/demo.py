@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from .quiet import quieten
 from .segmentation import ScenesData, SegmentationTask
 from .segmentation.pictures import save_gates
-from .segmentation.report import RunReport
+from .segmentation.report import SegmentationReport
 from .training.progress import Progress
 
 # Fusion gates of the last module into the highest and the lowest resolution, and both transition gates.
@@ -78,7 +78,7 @@ def run_demo(options: DemoOptions) -> dict[str, float]:
         f"GSTO-HRNet-W18-Small-v2 on {options.scenes} generated street scenes of {options.size[0]}x{options.size[1]}, "
         f"{options.epochs} epochs; {options.val_scenes} held-out scenes"
     )
-    report = RunReport(options.out)
+    report = SegmentationReport(options.out)
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -97,7 +97,7 @@ def run_demo(options: DemoOptions) -> dict[str, float]:
     return report.evaluations[-1]
 
 
-def _print_results(options: DemoOptions, task: SegmentationTask, data: ScenesData, report: RunReport) -> None:
+def _print_results(options: DemoOptions, task: SegmentationTask, data: ScenesData, report: SegmentationReport) -> None:
     final, base = report.evaluations[-1], report.baseline
     print("\nIoU on held-out scenes")
     for name, iou in zip(data.class_names, task.results["ss"].iou, strict=True):

@@ -21,10 +21,10 @@ import gsto_models
 import gsto_ops
 
 from .errors import UsageError
+from .images import normalize
 from .networks import load_network
 from .quiet import quieten
 from .segmentation.montage import Panel, save_montage
-from .segmentation.transforms import normalize
 
 
 @dataclass

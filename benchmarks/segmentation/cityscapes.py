@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .datasets import DataError, Found, Pair, decode_label, label_table
+from ..images import decode_label
+from .datasets import DataError, Found, Pair, label_table
 from .folders import FolderData
 from .metrics import Instances
 from .protocol import MULTI_SCALE, Protocol, by_name

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from ..images import normalize
 from ..training import TrainingData
 from . import scenes
 from .datasets import DataError, ScenesDataset, SegmentationDataset
 from .metrics import Instances
 from .protocol import MULTI_SCALE, Protocol, by_name
-from .transforms import normalize
 
 Sample = tuple[Tensor, Tensor, str]
 

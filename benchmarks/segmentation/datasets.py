@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from ..images import decode_image, decode_label, files_by_stem
 from ..sampling import Draw
 from .scenes import make_scene
 from .transforms import IGNORE, EvalTransform, TrainTransform
 
-cv2.setNumThreads(0)  # parallelism is between samples; OpenCV's own threads would fight with it
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 INVALID = 254  # in a label table: a value that no label file may have
 
 
@@ -161,56 +159,3 @@ def pair_by_name(images: Path, labels: Path) -> Found:
         else:
             found.pairs.append(Pair(image_files[stem], label_files[stem], image_files[stem].name))
     return found
-
-
-def files_by_stem(folder: Path) -> dict[str, Path]:
-    """The image files of a folder: name without suffix -> file.
-
-    Raises:
-        DataError: the folder is missing or has no images, or two of one name.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            if file.stem in files:
-                raise DataError(f"{files[file.stem]} and {file} have one name: which of them is meant?")
-            files[file.stem] = file
-    if not files:
-        raise DataError(f"{folder}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-    return files
-
-
-def decode_image(file: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of an image file of any kind: grey and CMYK images are converted, transparency is dropped.
-
-    Raises:
-        DataError: the file is missing or broken.
-    """
-    return cv2.cvtColor(_decode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
-def decode_label(file: Path, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
-    """The (H, W) values of a one-channel image file.
-
-    Raises:
-        DataError: the file is missing or broken, has several channels or another dtype.
-    """
-    label = _decode(file, cv2.IMREAD_UNCHANGED)
-    if label.ndim != 2 or label.dtype != dtype:
-        bits = 8 * np.dtype(dtype).itemsize
-        raise DataError(f"{file}: a label must have one {bits}-bit channel, got {label.shape} {label.dtype}")
-    return label
-
-
-def _decode(file: Path, flags: int) -> np.ndarray:
-    # imdecode instead of imread: it reads names with any characters, and a missing file is told from a broken one
-    try:
-        content = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    pixels = cv2.imdecode(content, flags) if content.size else None
-    if pixels is None:
-        raise DataError(f"{file}: not an image that can be read")
-    return pixels

@@ -14,10 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
+from ..images import write_png
 from .datamodules import SegmentationData
 from .datasets import SegmentationDataset
 from .evaluation import Predictions, Result
-from .pictures import comparison, save_confusion, spread, write_png
+from .pictures import comparison, save_confusion, spread
 from .task import SegmentationTask
 
 _OVERLAYS = 8  # unless told otherwise

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..images import files_by_stem
 from .datamodules import SegmentationData
-from .datasets import DataError, Found, Pair, PairDataset, files_by_stem
+from .datasets import DataError, Found, Pair, PairDataset
 from .transforms import EvalTransform, TrainTransform
 from .verification import check
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .datasets import Found, Pair, files_by_stem, label_table, pair_by_name
+from ..images import files_by_stem
+from .datasets import Found, Pair, label_table, pair_by_name
 from .folders import FolderData, first_folder
 from .montage import class_colors
 from .protocol import Protocol, by_name

@@ -20,8 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..images import decode_image, decode_label
 from ..sampling import Draw, TrainLoader
-from .datasets import Pair, PairDataset, decode_image, decode_label
+from .datasets import Pair, PairDataset
 from .folders import FolderData
 from .prepare import DATASETS
 from .scenes import make_scene

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from .datasets import DataError, Found, Pair, files_by_stem, label_table
+from ..images import files_by_stem
+from .datasets import DataError, Found, Pair, label_table
 from .folders import FolderData, first_folder
 from .montage import class_colors
 from .protocol import MULTI_SCALE, Protocol, by_name

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, its predictions and its gates."""
+"""Pictures of a run: its predictions and its gates."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor
 
 import gsto_models
 
+from ..images import normalize, write_png
 from .datasets import SegmentationDataset
 from .task import SegmentationTask
-from .transforms import IGNORE, normalize
+from .transforms import IGNORE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-_LINE = {"color": "tab:blue", "linewidth": 2}
 
 
 def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -92,26 +91,6 @@ def save_confusion(file: Path, confusion: Tensor, names: Sequence[str]) -> None:
     plt.close(figure)
 
 
-def save_curves(file: Path, losses: Sequence[float], evaluations: Sequence[dict[str, float]], baseline: float) -> None:
-    """Training loss per step (with its running mean) beside the validation mIoU; `baseline` is a constant prediction."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot(losses, color="0.8", linewidth=0.8, label="each step")
-    window = max(1, len(losses) // 40)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(np.arange(len(smooth)) + window - 1, smooth, **_LINE, label=f"mean of {window} steps")
-    left.set(xlabel="step", ylabel="training loss", ylim=(0, 1.05 * max(smooth)))
-    left.legend()
-    right.plot([e["step"] for e in evaluations], [e["val/mIoU_ss"] for e in evaluations], marker="o", **_LINE)
-    right.axhline(baseline, color="tab:red", linestyle="--", label="best constant prediction")
-    right.set(xlabel="step", ylabel="validation mIoU", ylim=(0, 1))
-    right.legend(loc="lower right")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 @torch.inference_mode()
 def save_gates(
     file: Path, task: SegmentationTask, dataset: SegmentationDataset, names: dict[str, str], count: int = 3
@@ -146,11 +125,3 @@ def save_gates(
         panel.set_axis_off()
     figure.savefig(file, dpi=130)
     plt.close(figure)
-
-
-def write_png(file: Path, pixels: np.ndarray) -> None:
-    """Write an image (H, W, 3) RGB or a label (H, W), uint8; folders are made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if pixels.ndim == 3:
-        pixels = np.ascontiguousarray(pixels[..., ::-1])
-    cv2.imencode(".png", pixels)[1].tofile(file)

@@ -92,9 +92,9 @@ class SegmentationTask(TrainingTask):
         self.results: dict[str, Result] = {}  # of the latest evaluation, by protocol
 
     def make_reports(self, folder: Path) -> list[Callback]:
-        from .report import RunReport  # report.py is about this task, and imports it
+        from .report import SegmentationReport  # report.py is about this task, and imports it
 
-        return [RunReport(folder)]
+        return [SegmentationReport(folder)]
 
     def make_evaluation_reports(self, folder: Path) -> list[Callback]:
         from .evaluation_report import EvaluationReport

@@ -6,6 +6,7 @@ import pytest
 import torch
 from made_data import make_camvid, make_cityscapes, make_lip, make_pascal_context, write
 
+from gsto_benchmarks.images import decode_image
 from gsto_benchmarks.sampling import Draw
 from gsto_benchmarks.segmentation import (
     CamVidData,
@@ -17,7 +18,7 @@ from gsto_benchmarks.segmentation import (
     cityscapes,
     verification,
 )
-from gsto_benchmarks.segmentation.datasets import decode_image, describe_values
+from gsto_benchmarks.segmentation.datasets import describe_values
 from gsto_benchmarks.segmentation.transforms import IGNORE
 
 MAKERS = [

@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 
+from gsto_benchmarks.images import normalize
 from gsto_benchmarks.segmentation.transforms import (
     IGNORE,
     PADDING,
     EvalTransform,
     TrainTransform,
-    normalize,
     scaled_size,
 )
 
