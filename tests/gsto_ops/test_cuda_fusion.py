@@ -223,6 +223,7 @@ SPLITS = [
     ((1, 40, 5, 9), [70, 30], 1, 3),  # so few pixels that row tiles are spread over blocks
     ((1, 36, 5, 16), [7, 9], 3, 7),  # more gates than one reading sums
     ((2, 17, 3, 3), [], 5, 6),
+    ((3, 16, 8, 24), [], 0, 2),  # gates alone; blocks that take several tiles
     ((1, 1, 1, 1), [1], 1, 2),
     ((0, 18, 4, 4), [5], 1, 2),
 ]
