@@ -19,8 +19,10 @@ from .functional import (
     scale_transfer,
     supervised_gated_scale_transfer,
 )
+from .gated_fusion import gated_fusion, gated_split
 from .losses import upsample_cross_entropy
 from .modules import GatedScaleTransfer, gated_norm_transfer
+from .norm_sum import norm_sum, projected_sum
 
 __version__ = version("gsto_ops")
 __all__ = [
@@ -30,10 +32,14 @@ __all__ = [
     "available_backends",
     "convert",
     "fold",
+    "gated_fusion",
     "gated_norm_transfer",
     "gated_projection",
     "gated_pyramid_pool",
     "gated_scale_transfer",
+    "gated_split",
+    "norm_sum",
+    "projected_sum",
     "reference",
     "scale_transfer",
     "supervised_gated_scale_transfer",

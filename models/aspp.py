@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gsto_ops
 
-from .blocks import conv_norm, conv_norm_relu
+from .blocks import conv_norm_relu
 from .feature_gates import FeatureHead
 
 RATES = {8: (12, 24, 36), 16: (6, 12, 18)}  # by the output stride of the feature
@@ -39,10 +37,7 @@ class AtrousPyramid(FeatureHead):
         self.branches = nn.ModuleList(
             [
                 conv_norm_relu(in_channels, WIDTH, 1),
-                *(
-                    nn.Sequential(*conv_norm(in_channels, WIDTH, 3, dilation=rate), nn.ReLU(inplace=True))
-                    for rate in rates
-                ),
+                *(conv_norm_relu(in_channels, WIDTH, 3, dilation=rate) for rate in rates),
                 conv_norm_relu(in_channels, WIDTH, 1),
             ]
         )
@@ -58,6 +53,6 @@ class AtrousPyramid(FeatureHead):
     def _gated(self, feature: Tensor) -> list[Tensor]:
         if self.gates is None:
             return [feature] * len(self.branches)
-        gate = torch.sigmoid(F.conv2d(feature, *self.gate_operands()))
-        self.gates.record(gate)
-        return [g * feature for g in gate.split(1, 1)]
+        split = gsto_ops.gated_split(feature, *self.gate_operands(), copies=len(self.branches))
+        self.gates.record(split.gate)
+        return split.gated

@@ -1,6 +1,7 @@
 """The pieces that HRNet is assembled from: residual blocks, conv-BN(-ReLU) groups and the 1x1 head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,19 @@ from torch import Tensor, nn
 import gsto_ops
 from gsto_ops.functional import Mode
 
-from .scale_equalizer import fusion_conv
+from .fused import FusedModule
+from .scale_equalizer import effective_parameters, fusion_conv
+
+
+class ConvNormReLU(FusedModule, nn.Sequential):
+    """A convolution, its norm and ReLU, with the state-dict keys 0 and 1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C', H', W')."""
+        if not self.fused:
+            return super().forward(input)
+        conv, norm, _ = self
+        return gsto_ops.norm_sum(None, [conv(input)], [norm], activation="relu")
 
 
 def conv_norm(
@@ -20,35 +33,54 @@ def conv_norm(
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
-def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    """`conv_norm` followed by ReLU, with the state-dict keys 0 (convolution) and 1 (BatchNorm)."""
-    return nn.Sequential(*conv_norm(in_channels, out_channels, kernel_size, stride), nn.ReLU(inplace=True))
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1
+) -> ConvNormReLU:
+    """`conv_norm` followed by ReLU."""
+    return ConvNormReLU(*conv_norm(in_channels, out_channels, kernel_size, stride, dilation), nn.ReLU(inplace=True))
 
 
-def head(levels: Sequence[int], num_classes: int, scale_equalizer: bool = False) -> nn.Sequential:
+class LevelsHead(FusedModule, nn.Sequential):
     """HRNetV2's head and a gated transition's predictor: 1x1 conv, BatchNorm, ReLU, 1x1 conv (both with bias).
+
+    Its input are all branches, upsampled to the size of the first one and concatenated. The first convolution runs on every
+    branch at that branch's own resolution, `gsto_ops.projected_sum`.
 
     Args:
         levels: the channels of each branch, in the order of concatenation.
         num_classes: output channels.
+        upsampling: mode and align_corners of the upsampling.
         scale_equalizer: gives the first convolution a scale equalizer, if there are several levels to equalize.
     """
-    in_channels = sum(levels)
-    return nn.Sequential(
-        fusion_conv(levels, in_channels, equalize=scale_equalizer and len(levels) > 1),
-        nn.BatchNorm2d(in_channels),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(in_channels, num_classes, 1),
-    )
+
+    def __init__(
+        self, levels: Sequence[int], num_classes: int, upsampling: Mapping[str, Any], scale_equalizer: bool = False
+    ) -> None:
+        in_channels = sum(levels)
+        super().__init__(
+            fusion_conv(levels, in_channels, equalize=scale_equalizer and len(levels) > 1),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(in_channels, num_classes, 1),
+        )
+        self.upsampling = dict(upsampling)
+
+    def forward(self, branches: Sequence[Tensor]) -> Tensor:
+        """Map the branches (N, C_j, H_j, W_j) to (N, num_classes, H_0, W_0)."""
+        if not self.fused:
+            return super().forward(concat_upsampled(branches, **self.upsampling))
+        fusion, norm, _, classifier = self
+        x = gsto_ops.projected_sum(branches, *effective_parameters(cast(nn.Conv2d, fusion)), **self.upsampling)
+        return classifier(gsto_ops.norm_sum(None, [x], [norm], activation="relu"))
 
 
-def concat_upsampled(branches: Sequence[Tensor], align_corners: bool, mode: Mode = "bilinear") -> Tensor:
+def concat_upsampled(branches: Sequence[Tensor], mode: Mode = "bilinear", align_corners: bool = False) -> Tensor:
     """All branches, upsampled to the size of the first one, concatenated over the channels.
 
     Args:
         branches: maps (N, C_j, H_j, W_j); the first one has the largest size.
-        align_corners: as in `torch.nn.functional.interpolate`.
         mode: "bilinear" or "nearest".
+        align_corners: as in `torch.nn.functional.interpolate`.
 
     Returns:
         (N, sum C_j, H_0, W_0).
@@ -60,7 +92,7 @@ def concat_upsampled(branches: Sequence[Tensor], align_corners: bool, mode: Mode
     return torch.cat([branches[0], *upsampled], dim=1)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(FusedModule):
     """Residual block of two 3x3 convolutions with `channels` in and out; the block of HRNet's parallel branches.
 
     `gate` makes, of the number of channels, what stands behind every convolution (after its ReLU if it has one).
@@ -75,11 +107,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, channels, H, W) to the same shape."""
+        if self.fused and isinstance(self.gate1, nn.Identity):
+            x = gsto_ops.norm_sum(None, [self.conv1(input)], [self.bn1], activation="relu")
+            return gsto_ops.norm_sum(input, [self.conv2(x)], [self.bn2], activation="relu")
         x = self.gate1(self.relu(self.bn1(self.conv1(input))))
         return self.relu(self.gate2(self.bn2(self.conv2(x))) + input)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(FusedModule):
     """Residual block 1x1, 3x3, 1x1 with `4 * planes` channels out; the block of HRNet's stage 1 and of ResNet-50.
 
     The shortcut is a 1x1 convolution with BatchNorm (`downsample`) when the channel count or the size changes; stride
@@ -109,6 +144,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, 4 * planes, ceil(H / stride), ceil(W / stride))."""
+        if self.fused and isinstance(self.gate1, nn.Identity):
+            x = gsto_ops.norm_sum(None, [self.conv1(input)], [self.bn1], activation="relu")
+            x = gsto_ops.norm_sum(None, [self.conv2(x)], [self.bn2], activation="relu")
+            if isinstance(self.downsample, nn.Identity):
+                return gsto_ops.norm_sum(input, [self.conv3(x)], [self.bn3], activation="relu")
+            conv, norm = self.downsample
+            return gsto_ops.norm_sum(None, [self.conv3(x), conv(input)], [self.bn3, norm], activation="relu")
         x = self.gate1(self.relu(self.bn1(self.conv1(input))))
         x = self.gate2(self.relu(self.bn2(self.conv2(x))))
         return self.relu(self.gate3(self.bn3(self.conv3(x))) + self.downsample(input))

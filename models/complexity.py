@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gsto_ops  # noqa: F401  (defines torch.ops.gsto_ops)
 
 from .feature_gates import FeatureHead
+from .fused import plain_composition
 from .gated_transition import TransitionTransfer
 
 
@@ -27,8 +28,9 @@ class Complexity:
             define them: every projection of a gated scale transfer at the size of its input, and the class map of every
             supervised gate. Gate products, BatchNorm and resampling are not counted.
         macs_as_executed: the same, with projections of fused gated scale transfers at the smaller one of their input
-            and output sizes, which is where the operator may compute them (the reference backend does not), and
-            without the class maps that eval mode folds into the gates of PPM and ASPP.
+            and output sizes, which is where the operator may compute them (the reference backend does not), convolutions
+            over concatenated branches at each branch's own resolution, and without the class maps that eval mode folds into
+            the gates of PPM and ASPP.
     """
 
     params: int
@@ -67,7 +69,7 @@ def complexity(model: nn.Module, input_size: Sequence[int]) -> Complexity:
     params = sum(p.numel() for p in model.parameters())
     convs = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
     conv_params = sum(p.numel() for conv in convs for p in conv.parameters())
-    fake, counter = FakeTensorMode(), _MultiplyAdds()
+    fake, counter, executed = FakeTensorMode(), _MultiplyAdds(), _MultiplyAdds()
     with torch.inference_mode(False), torch.no_grad():
         with FakeCopyMode(fake):
             model = copy.deepcopy(model).eval()
@@ -75,9 +77,13 @@ def complexity(model: nn.Module, input_size: Sequence[int]) -> Complexity:
         for head in model.modules():
             if isinstance(head, FeatureHead | TransitionTransfer):
                 head.register_forward_pre_hook(counter.add_class_map)
-        with fake, counter:
-            model(torch.empty(1, 3, *size, dtype=parameter.dtype, device=parameter.device))
-    return Complexity(params, conv_params, counter.as_defined, counter.as_executed)
+        with fake:
+            image = torch.empty(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
+            with counter, plain_composition(model):
+                model(image)
+            with executed:
+                model(image)
+    return Complexity(params, conv_params, counter.as_defined, executed.as_executed)
 
 
 class _MultiplyAdds(TorchDispatchMode):
@@ -99,6 +105,9 @@ class _MultiplyAdds(TorchDispatchMode):
             self._add_gated(args[0], args[3], output[0] if args[5] == "none" else args[0])
         elif func is torch.ops.gsto_ops.gated_projection.default:
             self._add_gated(args[0], args[3], args[0])
+        elif func is torch.ops.gsto_ops.gated_split.default:
+            rows = args[1].shape[0] + sum(args[4])  # the logits of all gates, and the projections
+            self._add(args[0][:, 0].numel() * args[0].shape[1] * rows)
         elif func is torch.ops.gsto_ops.gated_pyramid_pool.default:
             self._add(args[0].numel() * args[1].shape[0])  # the logits of all gates
         elif func is torch.ops.aten.bmm.default:

@@ -92,6 +92,9 @@ class Options:
             resolution as its only output, and the head is one 1x1 convolution on it (HRNet for pose).
         scale_equalizer: a scale equalizer in front of the head and of every class map's predictor, where all branches are
             upsampled and concatenated; see `measure_scales`. (The class map of a paper-form transition has none.)
+        fused: batch norm, ReLU, sums, upsampling and gates in as few passes over memory as there can be
+            (`gsto_ops.norm_sum`, `gsto_ops.gated_fusion`); False, one PyTorch operator after the other. The numbers and the
+            state dict are the same; hooks on the modules inside do not run where they are fused.
     """
 
     gated_fusion: bool = False
@@ -108,9 +111,17 @@ class Options:
     align_corners: bool = False
     multi_scale_output: bool = True
     scale_equalizer: bool = False
+    fused: bool = True
 
     def __post_init__(self) -> None:
-        flags = ("gated_fusion", "transition_supervision", "align_corners", "multi_scale_output", "scale_equalizer")
+        flags = (
+            "gated_fusion",
+            "transition_supervision",
+            "align_corners",
+            "multi_scale_output",
+            "scale_equalizer",
+            "fused",
+        )
         check_flags(**{name: getattr(self, name) for name in flags})
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

@@ -10,11 +10,12 @@ import gsto_ops
 
 from .blocks import BasicBlock, conv_norm, conv_norm_relu
 from .config import Options
-from .gates import GatedModule
+from .fused import FusedModule
+from .gates import GATE_FORMS, GatedModule
 from .rival_gates import ChannelGate, gates_at
 
 
-class MultiBranchModule(GatedModule):
+class MultiBranchModule(GatedModule, FusedModule):
     """Parallel branches of residual blocks, then fusion of every branch j into every branch i.
 
     Fusion is y_i = ReLU(sum_j transfer_ij(g_ij * x_j)), where the transfer is
@@ -65,6 +66,13 @@ class MultiBranchModule(GatedModule):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Map one tensor (N, C_j, H_j, W_j) per branch to a list of the same shapes (its first `outputs` ones)."""
         x = [branch(input) for branch, input in zip(self.branches, inputs, strict=True)]
+        if self.fused and (self.att_layers is None or self.gate_form in GATE_FORMS):
+            sums, gates = gsto_ops.gated_fusion(x, self.fuse_layers, self.att_layers, **self.upsampling)
+            if self.gate_recorder is not None:
+                for target, row in enumerate(gates):
+                    for source, gate in enumerate(row):
+                        self.gate_recorder(f"att_layers.{target}.{source}", gate)
+            return [block_gate(y) for block_gate, y in zip(self.block_gates, sums, strict=True)]
         outputs = []
         for target, block_gate in enumerate(self.block_gates):
             total = self._transfer(x, target, 0)

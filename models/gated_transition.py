@@ -14,19 +14,21 @@ and the chain goes on with stride-2 convolutions down to the lowest branch's siz
 P = conv1x1(U). The new branch's convolution has BatchNorm and ReLU in both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import gsto_ops
 
-from .blocks import conv_norm_relu
+from .blocks import concat_upsampled, conv_norm_relu
+from .fused import FusedModule
 from .gates import GatedModule
 
 
-class TransitionGate(GatedModule):
-    """The gate of a released-form GTM: (N, in_channels, H, W) at 1/4 of the image -> (N, 1, H', W').
+class TransitionGate(GatedModule, FusedModule):
+    """The gate of a released-form GTM: maps with in_channels together, the first one at 1/4 of the image -> (N, 1, H', W').
 
     A convolution in_channels -> 1, then `stage - 1` stride-2 3x3 convolutions 1 -> 1 that bring the map from 1/4 of
     the image down to the size of the stage's lowest branch, each with BatchNorm and ReLU; then the sigmoid.
@@ -35,10 +37,12 @@ class TransitionGate(GatedModule):
         in_channels: channels of what the gate reads: the class map P, or U.
         stage: 1, 2 or 3, the stage after which the transition stands; its lowest branch has index `stage - 1`.
         kernel_size: of the first convolution: 3 on P, 1 on U.
+        upsampling: mode and align_corners of what makes U of the branches.
     """
 
-    def __init__(self, in_channels: int, stage: int, kernel_size: int) -> None:
+    def __init__(self, in_channels: int, stage: int, kernel_size: int, upsampling: Mapping[str, Any]) -> None:
         super().__init__()
+        self.upsampling = dict(upsampling)
         shrinking = (conv_norm_relu(1, 1, 3, stride=2) for _ in range(stage - 1))
         # The chain's name is the index of the new branch: that is the key layout of the published checkpoints.
         self.layers_name = str(stage)
@@ -48,9 +52,17 @@ class TransitionGate(GatedModule):
         """Yield the one gate."""
         yield self.get_submodule(self.layers_name)
 
-    def forward(self, levels: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) at 1/4 to the gate (N, 1, H', W')."""
-        gate = torch.sigmoid(self.get_submodule(self.layers_name)(levels))
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Map [P], or the branches that U is made of, to the gate (N, 1, H', W')."""
+        first, *shrinking = cast(Any, self.get_submodule(self.layers_name))
+        if self.fused and len(levels) > 1:
+            logit = gsto_ops.projected_sum(levels, first[0].weight, **self.upsampling)
+            logit = gsto_ops.norm_sum(None, [logit], [first[1]], activation="relu")
+        else:
+            logit = first(concat_upsampled(levels, **self.upsampling))
+        for layers in shrinking:
+            logit = layers(logit)
+        gate = torch.sigmoid(logit)
         if self.gate_recorder is not None:
             self.gate_recorder("", gate)
         return gate

@@ -1,19 +1,22 @@
 """HRNet, HRNetV2 and GSTO-HRNet (arXiv 2005.13363, Section 3.2 and Fig. 3): one trunk, with the gates as options."""
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .blocks import Bottleneck, concat_upsampled, conv_norm, conv_norm_relu, head
+import gsto_ops
+
+from .blocks import Bottleneck, LevelsHead, concat_upsampled, conv_norm, conv_norm_relu
 from .checks import check_image, check_num_classes
 from .config import TRANSITION_STAGES, Options, Task, Trunk
+from .fused import FusedModule, set_fused
 from .gated_fusion import MultiBranchModule
 from .gated_transition import TransitionGate, TransitionTransfer
 from .gates import GatedModule
 from .rival_gates import gates_at
 
 
-class HRNet(nn.Module):
+class HRNet(FusedModule):
     """HRNetV2; GSTO-HRNet if the options ask for gates; HRNet (for pose) if they ask for a single output.
 
     A stem of two stride-2 convolutions, stage 1 of bottlenecks, then stages 2, 3 and 4 with 2, 3 and 4 parallel
@@ -36,6 +39,7 @@ class HRNet(nn.Module):
         check_num_classes(num_classes)
         self.options = options
         self.head_name = task.head_name
+        self.upsampling: dict[str, Any] = {"mode": options.upsampling, "align_corners": options.align_corners}
         channels = [trunk.width * 2**k for k in range(4)]
         gate = gates_at("layer", options)
 
@@ -55,12 +59,13 @@ class HRNet(nn.Module):
             self.add_module(f"stage{stage + 1}", _stage(trunk, stage + 1, options))
         self.add_module(
             task.head_name,
-            head(channels, num_classes, options.scale_equalizer)
+            LevelsHead(channels, num_classes, self.upsampling, options.scale_equalizer)
             if options.multi_scale_output
             else nn.Conv2d(channels[0], num_classes, 1),
         )
 
         self._initialise(task, options)
+        set_fused(self, options.fused)
 
     @property
     def head(self) -> nn.Module:
@@ -84,15 +89,15 @@ class HRNet(nn.Module):
             ValueError: `input` does not have four dimensions, three channels, and H, W >= 32.
         """
         check_image(input)
-        x = self.gate1(self.relu(self.bn1(self.conv1(input))))
-        branches = [self.layer1(self.gate2(self.relu(self.bn2(self.conv2(x)))))]
+        x = self.gate1(self._norm_relu(self.bn1, self.conv1(input)))
+        branches = [self.layer1(self.gate2(self._norm_relu(self.bn2, self.conv2(x))))]
         class_maps: list[Tensor] = []
         for stage in TRANSITION_STAGES:
             branches, class_map = self._transition(branches, stage)
             branches = self.get_submodule(f"stage{stage + 1}")(branches)
             if class_map is not None:
                 class_maps.insert(0, class_map)
-        main = self.head(self._levels(branches) if self.options.multi_scale_output else branches[0])
+        main = self.head(branches if self.options.multi_scale_output else branches[0])
         return [main, *class_maps] if self.training else main
 
     def _add_transition(self, stage: int, levels: list[int], channels: list[int], num_classes: int) -> None:
@@ -111,16 +116,16 @@ class HRNet(nn.Module):
             # Nested once more than the layers of the other branches, as in the published checkpoints.
             new = nn.Sequential(conv_norm_relu(levels[-1], channels[stage], 3, stride=2))
             if gated:
-                gate = TransitionGate(num_classes, stage, 3) if supervised else TransitionGate(total, stage, 1)
+                inputs, kernel_size = (num_classes, 3) if supervised else (total, 1)
+                gate = TransitionGate(inputs, stage, kernel_size, self.upsampling)
         kept = [conv_norm_relu(total, channels[0], 3)] if stage == 1 else [nn.Identity() for _ in levels]
         self.add_module(f"transition{stage}", nn.ModuleList([*kept, new]))
-        predictor = head(levels, num_classes, options.scale_equalizer) if predicted else None
+        predictor = LevelsHead(levels, num_classes, self.upsampling, options.scale_equalizer) if predicted else None
         self.register_module(f"last_layer_stage{stage}", predictor)
         self.register_module(f"att{stage}", gate)
 
-    def _levels(self, branches: list[Tensor]) -> Tensor:
-        """U: all branches upsampled to the first one's size and concatenated."""
-        return concat_upsampled(branches, self.options.align_corners, self.options.upsampling)
+    def _norm_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return gsto_ops.norm_sum(None, [x], [norm], activation="relu") if self.fused else self.relu(norm(x))
 
     def _transition(self, branches: list[Tensor], stage: int) -> tuple[list[Tensor], Tensor | None]:
         """The branches with a new one behind them, and the class map if the gate or an auxiliary loss reads one."""
@@ -129,17 +134,14 @@ class HRNet(nn.Module):
         supervised_gate = gate is not None and self.options.transition_supervision
         kept = [layer(branch) for layer, branch in zip(layers[:-1], branches, strict=True)]
         lowest, class_map, new = branches[-1], None, layers[-1]
-        transferred = isinstance(new, TransitionTransfer)
-        predicted = predictor is not None and (supervised_gate or self.training)
-        levels = self._levels(branches) if transferred or predicted or gate is not None else lowest
-        if predicted:
-            class_map = predictor(levels)
-        if transferred:
+        if predictor is not None and (supervised_gate or self.training):
+            class_map = predictor(branches)
+        if isinstance(new, TransitionTransfer):
             size = ((lowest.shape[2] + 1) // 2, (lowest.shape[3] + 1) // 2)
-            output, supervised_map = new(levels, size)
+            output, supervised_map = new(concat_upsampled(branches, **self.upsampling), size)
             return [*kept, output], class_map if supervised_map is None else supervised_map
         if gate is not None:
-            lowest = gate(class_map if supervised_gate else levels) * lowest
+            lowest = gate([class_map] if supervised_gate else branches) * lowest
         return [*kept, new(lowest)], class_map
 
     def _initialise(self, task: Task, options: Options) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused import plain_composition
+
 
 class EqualizedConv2d(nn.Conv2d):
     """A fusion's convolution that first gives every level of its input mean 0 and standard deviation 1.
@@ -64,6 +66,11 @@ def fusion_conv(
     return nn.Conv2d(sum(levels), out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
+def effective_parameters(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that a fusion's convolution applies to the concatenated levels."""
+    return conv.effective() if isinstance(conv, EqualizedConv2d) else (conv.weight, conv.bias)
+
+
 @torch.no_grad()
 def measure_scales(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> None:
     """Set the scale equalizers of `model` by one pass over the data; they start as the identity.
@@ -92,7 +99,7 @@ def measure_scales(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) 
         for conv in convs.values():
             conv.level_mean.zero_()
             conv.level_std.fill_(1.0)
-        with _observe(convs, moments):
+        with plain_composition(model), _observe(convs, moments):
             for batch in batches:
                 images = batch if isinstance(batch, Tensor) else batch[0]
                 model(images.to(device))

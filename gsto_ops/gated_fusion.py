@@ -1,0 +1,258 @@
+"""The gated exchange between parallel branches (GFM; arXiv 2005.13363, Section 3.2.1): ``gated_split`` and ``gated_fusion``."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks, reference
+from .functional import Activation, Mode, _operators, _outside_autocast
+from .norm_sum import (
+    Statistics,
+    norm_sum,
+    over_processes,
+    process_group,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+
+
+class Split(NamedTuple):
+    """What :func:`gated_split` returns; ``mean`` and ``var`` carry no gradient."""
+
+    projected: list[Tensor]
+    gated: list[Tensor]
+    gate: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def gated_split(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    split: Sequence[int] = (),
+    copies: int = 0,
+    activation: Activation = None,
+) -> Split:
+    """K gates of one map, with what they gate, from one read (Eq. 1, 2, 4; Section 3.2.1).
+
+    ``gate_k = σ(act(conv1x1(input)_k))``. The first gates belong to projections, ``projected_k = gate_k * conv1x1(input, W_k)``,
+    the next ``copies`` ones to ``gated_k = gate_k * input``; any further gate is only computed.
+
+    Args:
+        input: (N, C, H, W), float32, float64, bfloat16 or float16, any strides.
+        gate_weight: (K, C, 1, 1). gate_bias: (K,) or None.
+        weight: (ΣC_k, C, 1, 1), the projections below each other, or None for none. split: their heights C_k.
+        copies: how many of the other gates make a gated copy.
+        activation: None or ``"relu"``, of the gates' logits (the released form).
+
+    Returns:
+        (projected, gated, gate, mean, var): maps (N, C_k, H, W); maps (N, C, H, W); (N, K, H, W); mean and biased variance of
+        all projected channels (ΣC_k,) in float32 (float64 for float64 input), without gradient: :func:`norm_sum` accounts for it.
+
+    Raises:
+        ValueError, TypeError: as ``gated_scale_transfer``; a split or copies that do not fit weight and gate_weight.
+    """
+    checks.check_input(input)
+    channels = input.shape[1]
+    checks.check_parameter(
+        "gate_weight", gate_weight, (None, channels, 1, 1), input, meaning="(gates, in_channels, 1, 1)"
+    )
+    gates = gate_weight.shape[0]
+    checks.check_parameter("gate_bias", gate_bias, (gates,), input, meaning="(gates,)")
+    checks.check_projection(weight, None, input)
+    rows = 0 if weight is None else weight.shape[0]
+    if any(height < 1 for height in split) or sum(split) != rows:
+        raise ValueError(f"split must be positive and add up to the {rows} rows of weight, got {tuple(split)}")
+    if not 0 <= copies <= gates - len(split):
+        raise ValueError(
+            f"copies must be 0 to {gates - len(split)}, {gates} gates less {len(split)} projections, got {copies}"
+        )
+    act = checks.check_activation(activation)
+    return Split(*_outside_autocast(_gated_split, input, gate_weight, gate_bias, weight, list(split), copies, act))
+
+
+def _gated_split(input: Tensor, *operands: Any) -> tuple[Any, ...]:
+    operators = _operators(input)
+    if operators is not None:
+        return operators.gated_split(input, *operands)
+    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
+    return projected, gated, gate, mean.detach(), var.detach()
+
+
+class _GatedConv2d(torch.autograd.Function):
+    """The convolution of a gated copy that keeps the map and the gate for its gradient, which others keep too, not the copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gated: Tensor, input: Tensor, gate: Tensor, weight: Tensor, options: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(input, gate, weight)
+        ctx.options = options
+        return F.conv2d(gated, weight, None, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, gate, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], False)
+        grad_gated, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, gate * input, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+        )
+        return grad_gated, None, None, grad_weight, None
+
+
+def _gated_conv2d(gated: Tensor, input: Tensor, gate: Tensor, conv: nn.Conv2d) -> Tensor:
+    if not torch.is_grad_enabled() or conv.bias is not None or isinstance(conv.padding, str):
+        return conv(gated)
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _GatedConv2d.apply(gated, input.to(gated.dtype), gate, conv.weight.to(gated.dtype), options)
+
+
+def gated_fusion(
+    inputs: Sequence[Tensor],
+    transfers: Any,
+    gates: Any = None,
+    *,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The exchange between parallel branches (Section 3.2.1): ``y_i = ReLU(Σ_j transfer_ij(gate_ij * x_j))``.
+
+    Each branch is read once for all that leaves it (:func:`gated_split`), each output is written in one pass
+    (:func:`norm_sum`); in between run the strided convolutions.
+
+    Args:
+        inputs: maps (N, C_j, H_j, W_j), highest resolution first.
+        transfers: indexed [target i][source j], the layers that bring branch j to branch i: for j > i a 1x1 convolution without
+            bias and its norm (then comes the upsampling), for j = i anything (not used), for j < i steps of a convolution and
+            its norm, and ReLU after all but the last one. Fewer targets than inputs are legal.
+        gates: indexed like ``transfers``, the layers of a gate's logit: a 1x1 convolution C_j -> 1 (the paper's form), or that
+            with a batch norm and ReLU behind it (the released form); None: no gates, which is HRNetV2's fusion.
+        mode, align_corners: of the upsampling, as in :func:`norm_sum`.
+
+    Returns:
+        (outputs, gates): maps (N, C_i, H_i, W_i); the gates (N, 1, H_j, W_j), indexed [target][source], detached; no gates: [].
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_split` and :func:`norm_sum`.
+    """
+    targets = range(len(transfers))
+    leaving = [_leave(x, j, transfers, gates) for j, x in enumerate(inputs)]
+    outputs = []
+    for i in targets:
+        terms, norms, statistics = [], [], []
+        for j in range(len(inputs)):
+            if j == i:
+                continue
+            term, known = leaving[j].terms[i]
+            terms.append(term)
+            norms.append(transfers[i][j][1] if j > i else transfers[i][j][-1][1])
+            statistics.append(known)
+        own, gate = leaving[i].own
+        outputs.append(
+            norm_sum(
+                own,
+                terms,
+                norms,
+                gate=gate,
+                statistics=statistics,
+                activation="relu",
+                mode=mode,
+                align_corners=align_corners,
+            )
+        )
+    return outputs, [] if gates is None else [[leaving[j].gates[i] for j in range(len(inputs))] for i in targets]
+
+
+class _Leaving(NamedTuple):
+    """What leaves one branch: by target, the un-normalised term and its statistics; the branch's own part; the gates."""
+
+    terms: dict[int, tuple[Tensor, Statistics | None]]
+    own: tuple[Tensor | None, Tensor | None]
+    gates: dict[int, Tensor]
+
+
+def _leave(x: Tensor, j: int, transfers: Any, gates: Any) -> _Leaving:
+    finer = [i for i in range(len(transfers)) if i < j]
+    coarser = [i for i in range(len(transfers)) if i > j]
+    own = [j] if j < len(transfers) else []
+    terms: dict[int, tuple[Tensor, Statistics | None]] = {}
+    if gates is None:
+        terms |= {i: (transfers[i][j][0](x), None) for i in finer}
+        terms |= {i: (_descend(transfers[i][j], transfers[i][j][0][0](x)), None) for i in coarser}
+        return _Leaving(terms, (x, None), {})
+    order = [*finer, *coarser, *own]
+    weight, bias, activation = _gate_operands(x, [gates[i][j] for i in order])
+    # Where nobody asks for gradients the sum applies the gate itself. In training a copy costs the same bytes: it is written
+    # and read where the sum's gradient would have to read the map, and autograd adds no second gradient of the map.
+    copied = coarser if not torch.is_grad_enabled() else [*coarser, *own]
+    projections = [transfers[i][j][0].weight for i in finer]
+    split = gated_split(
+        x,
+        weight,
+        bias,
+        torch.cat(projections) if projections else None,
+        split=[p.shape[0] for p in projections],
+        copies=len(copied),
+        activation=activation,
+    )
+    single = dict(zip(order, split.gate.detach().split(1, 1), strict=True))
+    ends = list(accumulate(p.shape[0] for p in projections))
+    for i, projected, end in zip(finer, split.projected, ends, strict=True):
+        rows = slice(end - projected.shape[1], end)
+        terms[i] = projected, (split.mean[rows], split.var[rows])
+    gated = dict(zip(copied, split.gated, strict=True))
+    for i in coarser:
+        terms[i] = _descend(transfers[i][j], _gated_conv2d(gated[i], x, single[i], transfers[i][j][0][0])), None
+    mine = (None, None) if not own else (gated[j], None) if j in gated else (x.to(single[j].dtype), single[j])
+    return _Leaving(terms, mine, single)
+
+
+def _descend(steps: Any, x: Tensor) -> Tensor:
+    """The chain of strided convolutions from behind the first one: up to the last one's result, before its norm."""
+    for step, following in zip(steps, list(steps)[1:], strict=False):
+        x = following[0](norm_sum(None, [x], [step[1]], activation="relu"))
+    return x
+
+
+def _gate_operands(x: Tensor, gates: Sequence[Any]) -> tuple[Tensor, Tensor | None, Activation]:
+    """Weight (K, C, 1, 1), bias (K,) and activation of the logits; a batch norm behind them is folded, in training mode with
+    the statistics of a first look at the logits."""
+    weight = torch.cat([layers[0].weight for layers in gates])
+    biases = [layers[0].bias for layers in gates]
+    bias = None if biases[0] is None else torch.cat(biases)
+    if len(gates[0]) == 1:
+        return weight, bias, None
+    norms = [layers[1] for layers in gates]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    mean, var = _logit_statistics(x, weight, norms, dtype)
+    invstd = torch.cat([(v + norm.eps).rsqrt() for v, norm in zip(var.split(1), norms, strict=True)])
+    gamma, beta = (torch.cat([getattr(norm, name) for norm in norms]).to(dtype) for name in ("weight", "bias"))
+    scale = gamma * invstd
+    return (weight * scale[:, None, None, None]).to(weight.dtype), (beta - mean * scale).to(weight.dtype), "relu"
+
+
+def _logit_statistics(x: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> Statistics:
+    """Mean and variance (K,) that the norms of K logits take; in training mode gradients flow through them."""
+    if not uses_batch_statistics(norms[0]):
+        running = [
+            torch.cat([getattr(norm, f"running_{name}") for norm in norms]).to(dtype) for name in ("mean", "var")
+        ]
+        return running[0], running[1]
+    logits = F.conv2d(x, weight)
+    var, mean = torch.var_mean(logits.to(dtype), (0, 2, 3), correction=0)
+    pixels: Any = logits.numel() // logits.shape[1]
+    group = process_group(norms[0])
+    if group is not None:
+        (mean,), (var,), counts = over_processes([mean], [var], [pixels], group)
+        pixels = counts[0]
+    with torch.no_grad():
+        update_running_statistics(norms, mean.split(1), var.split(1), [pixels] * len(norms))
+    return mean, var

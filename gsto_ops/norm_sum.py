@@ -1,0 +1,245 @@
+"""Batch norm, upsampling, sum and ReLU in one pass: ``norm_sum``, the operator ``batch_norm_sum`` with modules for its norms."""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks, reference
+from .functional import Activation, Mode, _operators, scale_transfer
+
+Statistics = tuple[Tensor, Tensor]  # mean and biased variance of every channel
+
+
+def norm_sum(
+    input: Tensor | None,
+    terms: Sequence[Tensor],
+    norms: Sequence[nn.Module],
+    *,
+    gate: Tensor | None = None,
+    statistics: Sequence[Statistics | None] | None = None,
+    activation: Activation = None,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """``act(gate * input + Σ_k ST(norm_k(term_k)))`` in one pass: normalised maps, upsampled maps and the sum are not written.
+
+    With one term this is batch norm and ReLU, or the end of a residual block; with several, the fusion of HRNet's branches.
+
+    - Batch norms (``nn.BatchNorm2d``, ``nn.SyncBatchNorm``), all of them in training mode or all in eval mode, or
+      ``nn.Identity`` for all terms: one operator. Running statistics are updated as by the modules.
+    - Any other norm: the modules run one after the other.
+
+    Args:
+        input: (N, C, H, W), or None. terms: maps (N, C, H_k, W_k), resampled to the size of ``input``, or of the first term.
+        norms: a module for every term.
+        gate: (N, 1, H, W), or None. statistics: for every term None, or what is known of it already (training mode only).
+        activation: None or ``"relu"``. mode: ``"bilinear"`` or ``"nearest"``. align_corners: as in ``F.interpolate``.
+
+    Returns:
+        (N, C, H, W) in the dtype of the terms.
+
+    Raises:
+        ValueError, TypeError: maps that do not fit each other; a batch norm in training mode with one value per channel.
+    """
+    first = _check_maps(input, terms, norms, gate)
+    if mode == "avg":
+        raise ValueError("mode must be 'bilinear' or 'nearest', got 'avg'")
+    checks.check_mode(mode, align_corners)
+    act = checks.check_activation(activation)
+    operators = _operators(first)
+    if operators is None or not _fusible(norms):
+        return _plain_norm_sum(input, terms, norms, gate, act, mode, align_corners)
+    if input is not None and input.dtype != terms[0].dtype:
+        input = input.to(terms[0].dtype)  # the first block under autocast: the image's dtype meets a convolution's
+    arguments = _norm_arguments(terms, norms, statistics or [None] * len(terms), operators)
+    return operators.batch_norm_sum(input, gate, list(terms), *arguments, act, mode, align_corners)
+
+
+def _check_maps(
+    input: Tensor | None, terms: Sequence[Tensor], norms: Sequence[nn.Module], gate: Tensor | None
+) -> Tensor:
+    if not terms or len(norms) != len(terms):
+        raise ValueError(
+            f"terms must be at least one map, and norms as many modules, got {len(terms)} and {len(norms)}"
+        )
+    first = terms[0] if input is None else input
+    checks.check_input(first)
+    for k, term in enumerate(terms):
+        if term.dim() != 4 or term.shape[:2] != first.shape[:2] or term.dtype != terms[0].dtype:
+            raise ValueError(
+                f"terms[{k}] must be (N, C, H_k, W_k) = ({first.shape[0]}, {first.shape[1]}, any, any) of {terms[0].dtype}, "
+                f"got {tuple(term.shape)} of {term.dtype}"
+            )
+    if gate is not None:
+        if input is None:
+            raise ValueError("gate must be None where input is None")
+        size = (input.shape[0], 1, *input.shape[2:])
+        checks.check_parameter("gate", gate, size, input, meaning="one value per pixel")
+    return first
+
+
+def _fusible(norms: Sequence[nn.Module]) -> bool:
+    if all(type(norm) is nn.Identity for norm in norms):
+        return True
+    return all(map(_is_batch_norm, norms)) and len({uses_batch_statistics(norm) for norm in norms}) == 1
+
+
+def _is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.weight is not None and norm.bias is not None
+
+
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    return norm.training or norm.running_mean is None or norm.running_var is None
+
+
+def _norm_arguments(
+    terms: Sequence[Tensor], norms: Sequence[nn.Module], statistics: Sequence[Statistics | None], operators: Any
+) -> tuple[Any, ...]:
+    """mean, var, weight, bias, eps, training, counts and group of ``batch_norm_sum``."""
+    batch_norms = [norm for norm in norms if _is_batch_norm(norm)]
+    if not batch_norms:
+        return [], [], [], [], [], False, None, None
+    dtype = reference.statistics_dtype(terms[0])
+    weight, bias = ([getattr(norm, name).to(dtype) for norm in batch_norms] for name in ("weight", "bias"))
+    eps = [norm.eps for norm in batch_norms]
+    if not uses_batch_statistics(batch_norms[0]):
+        mean, var = ([getattr(norm, f"running_{name}").to(dtype) for norm in batch_norms] for name in ("mean", "var"))
+        return mean, var, weight, bias, eps, False, None, None
+    with torch.no_grad():
+        known = [operators.channel_statistics(t) if s is None else s for t, s in zip(terms, statistics, strict=True)]
+        mean, var = [m for m, _ in known], [v for _, v in known]
+        pixels: list[Any] = [term.shape[0] * term.shape[2] * term.shape[3] for term in terms]
+        group = process_group(batch_norms[0])
+        counts = None
+        if group is not None:
+            mean, var, counts = over_processes(mean, var, pixels, group)
+            pixels = list(counts.unbind())
+        elif min(pixels) < 2:
+            raise ValueError(
+                f"batch norm in training mode needs more than one value per channel, got {[tuple(t.shape) for t in terms]}"
+            )
+        update_running_statistics(batch_norms, mean, var, pixels)
+    return mean, var, weight, bias, eps, True, counts, None if group is None else group.group_name
+
+
+def process_group(norm: nn.Module) -> Any:
+    """The processes whose batches a norm takes together; None: only its own."""
+    if (
+        not isinstance(norm, nn.SyncBatchNorm)
+        or not norm.training
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes of a group; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return collectives.all_reduce(input, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return collectives.all_reduce(grad, "sum", ctx.group), None
+
+
+def over_processes(
+    mean: Sequence[Tensor], var: Sequence[Tensor], pixels: Sequence[int], group: Any
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Mean and variance over all processes, from those of each (Chan, Golub, LeVeque), and the numbers of pixels (K,)."""
+    own = torch.stack([torch.cat([m, v, m.new_full((1,), n)]) for m, v, n in zip(mean, var, pixels, strict=True)])
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    padded = F.pad(own.flatten(), (rank * own.numel(), (ranks - 1 - rank) * own.numel()))
+    everyone = _AllReduce.apply(padded, group).view(
+        ranks, *own.shape
+    )  # each process' row, (ranks, K, 2C + 1)
+    channels = mean[0].shape[0]
+    means, variances, counts = everyone.split([channels, channels, 1], 2)
+    total = counts.sum(0)
+    share = counts / total
+    joint = (share * means).sum(0)
+    variance = (share * (variances + (means - joint).square())).sum(0)
+    return list(joint.unbind()), list(variance.unbind()), total[:, 0]
+
+
+def update_running_statistics(
+    norms: Sequence[nn.BatchNorm2d], mean: Sequence[Tensor], var: Sequence[Tensor], pixels: Sequence[Any]
+) -> None:
+    for norm, m, v, n in zip(norms, mean, var, pixels, strict=True):
+        if (
+            not norm.training
+            or norm.running_mean is None
+            or norm.running_var is None
+            or norm.num_batches_tracked is None
+        ):
+            continue
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / norm.num_batches_tracked.to(m.dtype) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(m.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((v * (n / (n - 1))).to(norm.running_var.dtype), momentum)
+
+
+def _plain_norm_sum(
+    input: Tensor | None,
+    terms: Sequence[Tensor],
+    norms: Sequence[nn.Module],
+    gate: Tensor | None,
+    activation: str,
+    mode: Mode,
+    align_corners: bool,
+) -> Tensor:
+    first = terms[0] if input is None else input
+    size = (first.shape[2], first.shape[3])
+    parts = [] if input is None else [input if gate is None else gate * input]
+    for term, norm in zip(terms, norms, strict=True):
+        parts.append(scale_transfer(norm(term), size=size, mode=mode, align_corners=align_corners))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return torch.relu(total) if activation == "relu" else total
+
+
+def projected_sum(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """A 1x1 convolution over maps that are upsampled to the first one's size and concatenated, without doing either.
+
+    ``W concat_j(up(F_j)) = Σ_j up(W_j F_j)``: every map is projected at its own resolution.
+
+    Args:
+        inputs: maps (N, C_j, H_j, W_j). weight: (C', ΣC_j, 1, 1). bias: (C',) or None.
+        mode: ``"bilinear"`` or ``"nearest"``. align_corners: as in ``F.interpolate``.
+
+    Returns:
+        (N, C', H_0, W_0).
+
+    Raises:
+        ValueError, TypeError: as :func:`norm_sum`; a weight that does not fit the inputs.
+    """
+    widths = [x.shape[1] for x in inputs]
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (sum(widths), 1, 1):
+        raise ValueError(
+            f"weight must have shape (any, {sum(widths)}, 1, 1) for inputs of {widths} channels, got {tuple(weight.shape)}"
+        )
+    blocks = weight.split(widths, 1)
+    first, *others = (
+        F.conv2d(x, block, bias if j == 0 else None) for j, (x, block) in enumerate(zip(inputs, blocks, strict=True))
+    )
+    if not others:
+        return first
+    return norm_sum(first, others, [nn.Identity()] * len(others), mode=mode, align_corners=align_corners)
