@@ -91,6 +91,7 @@ def define(
                 library.impl(operator, partial(_triton_kernel, file, function), key)
         torch.library.register_fake(f"{namespace}::{operator}", fake, lib=library)
         overload = getattr(getattr(torch.ops, namespace), operator).default
+        setattr(operators[namespace], operator, overload)
         torch.library.register_vmap(f"{namespace}::{operator}", partial(vmap_rule, overload, maps), lib=library)
 
 
