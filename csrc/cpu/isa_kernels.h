@@ -13,6 +13,9 @@
 #include "cpu/gated_projection_kernel.h"
 #include "cpu/affine_scale_transfer_kernel.h"
 #include "cpu/gated_pyramid_pool_kernel.h"
+#include "cpu/lines.h"
+#include "cpu/batch_norm_sum_kernel.h"
+#include "cpu/gated_split_kernel.h"
 #include "cpu/upsample_cross_entropy_kernel.h"
 
 
@@ -27,6 +30,12 @@ constexpr Kernels kernels(const char* name) {
           affine_scale_transfer_backward,
           gated_pyramid_pool,
           gated_pyramid_pool_backward,
+          channel_statistics,
+          batch_norm_sum,
+          batch_norm_sum_backward,
+          batch_norm_sum_backward_terms,
+          gated_split,
+          gated_split_backward,
           upsample_cross_entropy,
           upsample_cross_entropy_backward};
 }

@@ -24,6 +24,9 @@ struct Kernels {
   Kernel<GatedProjectionParams> gated_projection, gated_projection_backward;
   Kernel<AffineScaleTransferParams> affine_scale_transfer, affine_scale_transfer_backward;
   Kernel<GatedPyramidPoolParams> gated_pyramid_pool, gated_pyramid_pool_backward;
+  Kernel<ChannelStatisticsParams> channel_statistics;
+  Kernel<BatchNormSumParams> batch_norm_sum, batch_norm_sum_backward, batch_norm_sum_backward_terms;
+  Kernel<GatedSplitParams> gated_split, gated_split_backward;
   Kernel<UpsampleCrossEntropyParams> upsample_cross_entropy, upsample_cross_entropy_backward;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/resample.h"
 #include "types.h"
 
 namespace gsto::cpu {
@@ -109,6 +110,78 @@ struct UpsampleCrossEntropyParams {
   TensorView grad_loss;   // (N, H, W), strides 0 for a scalar: backward only, as the rest
   double divisor = 1;     // of grad_loss
   TensorView grad_input;  // (N, C, h, w)
+};
+
+struct ChannelStatisticsParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of the map; the statistics are of the accumulate type
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  bool planar = false;  // see BatchNormSumParams
+
+  TensorView input;  // (N, C, H, W)
+  void* mean = nullptr;
+  void* var = nullptr;
+};
+
+// A term of batch_norm_sum with its norm and its resampling.
+struct NormTerm {
+  int64_t height = 0, width = 0;
+  bool low = false;                           // of another size than the output: resampled
+  AxisView rows, cols;                        // term -> output, if low
+  AxisView rows_transposed, cols_transposed;  // output -> term, if low: backward only
+
+  TensorView map;       // (N, C, h, w)
+  TensorView gathered;  // (N, C, h, w), if low: written by backward, read by backward_terms
+  TensorView grad;      // (N, C, h, w): written by backward_terms
+  // (C,) of the accumulate type, contiguous; absent without norms.
+  const void *mean = nullptr, *var = nullptr, *weight = nullptr, *bias = nullptr;
+  double eps = 0;
+  double count = 0;  // pixels that the statistics are of: backward_terms only
+};
+
+struct BatchNormSumParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of the maps
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  // All maps are of one kind: their lines are contiguous, a row of pixels (channels_last), or one of a plane (planar).
+  bool planar = false;
+  bool relu = false;
+  bool normed = false;
+  NormTerm* terms = nullptr;
+  int64_t term_count = 0;
+
+  TensorView input;  // (N, C, H, W), may be absent
+  TensorView gate;   // (N, 1, H, W) of any strides, may be absent
+  TensorView output;
+
+  TensorView grad_output;   // backward only, as the rest
+  TensorView grad_sum;      // written by backward where there is a ReLU; read by backward_terms
+  void* sums = nullptr;     // (1 + terms, C), or (1, C) without norms, of the accumulate type; see reference.py
+  int64_t sums_row = 0;     // of the one term that backward_terms takes
+  bool statistics = false;  // whether backward_terms includes what flows through the statistics
+};
+
+struct GatedSplitParams {
+  ScalarType dtype = ScalarType::kFloat32;  // of every tensor but the statistics
+  int64_t batch = 0, channels = 0, height = 0, width = 0;
+  int64_t gates = 0;                      // K
+  int64_t projections = 0, copies = 0;    // the first gates are of projections, the next ones of copies
+  const int64_t* out_channels = nullptr;  // of each projection
+  bool relu = false;                      // of the logits
+
+  TensorView input;        // (N, C, H, W)
+  TensorView gate_weight;  // (K, C, 1, 1)
+  TensorView gate_bias;    // (K,) at stride_n, may be absent
+  TensorView weight;       // (sum of out_channels, C, 1, 1), absent without projections
+  TensorView gate;         // (N, K, H, W): written by forward, read by backward
+  // Results of forward, gradients in backward.
+  const TensorView* projected = nullptr;
+  const TensorView* gated = nullptr;
+  void *mean = nullptr, *var = nullptr;  // (sum of out_channels,) of the accumulate type: forward only
+
+  TensorView grad_gate;   // (N, K, H, W), may be absent: backward only, as the rest
+  TensorView grad_input;  // (N, C, H, W)
+  void* grad_gate_weight = nullptr;
+  void* grad_gate_bias = nullptr;
+  void* grad_weight = nullptr;
 };
 
 }  // namespace gsto::cpu

@@ -3,6 +3,9 @@
 K gates of the branch; for the first of them, the gated projections to finer branches, with their batch statistics; for the
 next ``copies``, the gated copies that the strided convolutions to coarser branches read; further gates are only computed. No
 gradient flows through the statistics: ``batch_norm_sum`` accounts for it.
+
+With ReLU on the logits a gate of 0.5 is one whose ReLU is closed. So is, in bfloat16, a gate that rounds to 0.5: the gradient of
+logits between 0 and 0.004 is left out.
 """
 
 from collections.abc import Callable, Sequence
