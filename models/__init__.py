@@ -4,6 +4,7 @@ from .checkpoints import LoadReport, load_checkpoint, read_checkpoint, save_chec
 from .complexity import Complexity, complexity
 from .config import Options
 from .fold import fold
+from .fused import set_fused
 from .gates import record_gates
 from .hrnet import HRNet
 from .opening import absorb_initial_gates
@@ -30,4 +31,5 @@ __all__ = [
     "read_checkpoint",
     "record_gates",
     "save_checkpoint",
+    "set_fused",
 ]

@@ -74,14 +74,14 @@ def complexity(model: nn.Module, input_size: Sequence[int]) -> Complexity:
         with FakeCopyMode(fake):
             model = copy.deepcopy(model).eval()
         parameter = next(model.parameters())
-        for head in model.modules():
-            if isinstance(head, FeatureHead | TransitionTransfer):
-                head.register_forward_pre_hook(counter.add_class_map)
         with fake:
             image = torch.empty(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
-            with counter, plain_composition(model):
-                model(image)
             with executed:
+                model(image)
+            for head in model.modules():
+                if isinstance(head, FeatureHead | TransitionTransfer):
+                    head.register_forward_pre_hook(counter.add_class_map)
+            with counter, plain_composition(model):
                 model(image)
     return Complexity(params, conv_params, counter.as_defined, executed.as_executed)
 
