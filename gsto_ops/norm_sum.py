@@ -160,9 +160,7 @@ def over_processes(
     own = torch.stack([torch.cat([m, v, m.new_full((1,), n)]) for m, v, n in zip(mean, var, pixels, strict=True)])
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     padded = F.pad(own.flatten(), (rank * own.numel(), (ranks - 1 - rank) * own.numel()))
-    everyone = _AllReduce.apply(padded, group).view(
-        ranks, *own.shape
-    )  # each process' row, (ranks, K, 2C + 1)
+    everyone = _AllReduce.apply(padded, group).view(ranks, *own.shape)  # each process' row, (ranks, K, 2C + 1)
     channels = mean[0].shape[0]
     means, variances, counts = everyone.split([channels, channels, 1], 2)
     total = counts.sum(0)
@@ -237,8 +235,9 @@ def projected_sum(
             f"weight must have shape (any, {sum(widths)}, 1, 1) for inputs of {widths} channels, got {tuple(weight.shape)}"
         )
     blocks = weight.split(widths, 1)
+    last = len(inputs) - 1  # upsampling keeps constants: the bias joins where there are the fewest pixels
     first, *others = (
-        F.conv2d(x, block, bias if j == 0 else None) for j, (x, block) in enumerate(zip(inputs, blocks, strict=True))
+        F.conv2d(x, block, bias if j == last else None) for j, (x, block) in enumerate(zip(inputs, blocks, strict=True))
     )
     if not others:
         return first

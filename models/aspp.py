@@ -44,9 +44,9 @@ class AtrousPyramid(FeatureHead):
 
     def levels(self, feature: Tensor) -> list[Tensor]:
         """The outputs of the five branches."""
-        inputs = self._gated(feature)
-        inputs[-1] = gsto_ops.scale_transfer(inputs[-1], size=1, mode="avg")
-        maps = [branch(x) for branch, x in zip(self.branches, inputs, strict=True)]
+        *inputs, last = self._gated(feature)
+        pooled = gsto_ops.scale_transfer(last, size=1, mode="avg")
+        maps = [branch(x) for branch, x in zip(self.branches, [*inputs, pooled], strict=True)]
         maps[-1] = gsto_ops.scale_transfer(maps[-1], size=tuple(feature.shape[-2:]), mode="bilinear")
         return maps
 

@@ -210,13 +210,26 @@ struct BatchNormSum {
     const S* grad = lines.line(p.grad_output, n, group, h);
     const S* output = p.relu ? lines.line(p.output, n, group, h) : nullptr;
     S* to = p.relu ? lines.line(p.grad_sum, n, group, h) : nullptr;
-    lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
+    const auto gradient = [&](int64_t i, int64_t valid) {
       Vec<A> d = load_valid(grad + i, valid);
       if (output) {
         d = load_valid(output + i, valid) > 0 ? d : Vec<A>{};
         store_valid(to + i, d, valid);
       }
       if (values) store(values + i, d);
+      return d;
+    };
+    if (p.normed && p.term_count == 1 && !p.terms[0].low) {  // batch norm and ReLU; the end of a residual block
+      const S* term = lines.line(p.terms[0].map, n, group, h);
+      const A* mean = mean_of(0, group);
+      return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
+        const Vec<A> d = gradient(i, valid);
+        sum[0] += d;
+        sum[1] += d * (load_valid(term + i, valid) - load(mean + j));
+      });
+    }
+    lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
+      const Vec<A> d = gradient(i, valid);
       store(sums + j, load(sums + j) + d);
       for (int64_t k = 0; p.normed && k < p.term_count; ++k) {
         if (p.terms[k].low) continue;
@@ -342,19 +355,19 @@ struct ChannelStatistics {
         };
         clear();
         const S* line = lines.line(p.input, n, group, first);
-        lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
-          store(sums.data() + j, load(sums.data() + j) + load_valid(line + i, valid));
+        lines.template add_up<1>(sums.data(), 0, [&](int64_t i, int64_t, int64_t valid, auto& sum) {
+          sum[0] += load_valid(line + i, valid);
         });
         fold(sums.data(), channel.data());
         for (int64_t i = 0; i < period; ++i) centre.data()[i] = channel.data()[i % used] / static_cast<A>(p.width);
         clear();
         for (int64_t h = first; h < last; ++h) {
           const S* values = lines.line(p.input, n, group, h);
-          lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
+          lines.template add_up<2>(sums.data(), period, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
             Vec<A> d = load_valid(values + i, valid) - load(centre.data() + j);
             if (valid < kLanes<A>) d = first_values<A>(d, valid);
-            store(sums.data() + j, load(sums.data() + j) + d);
-            store(sums.data() + period + j, load(sums.data() + period + j) + d * d);
+            sum[0] += d;
+            sum[1] += d * d;
           });
         }
         fold(sums.data(), channel.data());

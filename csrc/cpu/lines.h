@@ -102,6 +102,30 @@ struct Lines {
       for (int64_t j = 0; j < period; j += lanes) f(i + j, j, lanes);
     for (int64_t j = 0; i + j < size; j += lanes) f(i + j, j, least(lanes, size - i - j));
   }
+
+  // Adds to kSums patterns, `row` values apart: f(first value, its place, valid values, sums) returns nothing and adds
+  // to kSums vectors. Every place of the pattern is worked on in turn, so that its sums stay in registers.
+  template <int kSums, class F>
+  void add_up(A* sums, int64_t row, const F& f) const {
+    int64_t j = 0;
+    for (; j + 4 * lanes <= period; j += 4 * lanes) add_up_columns<kSums, 4>(j, sums, row, f);
+    for (; j < period; j += lanes) add_up_columns<kSums, 1>(j, sums, row, f);
+  }
+
+ private:
+  template <int kSums, int kVectors, class F>
+  void add_up_columns(int64_t j, A* sums, int64_t row, const F& f) const {
+    Vec<A> sum[kVectors][kSums];
+    for (int v = 0; v < kVectors; ++v)
+      for (int s = 0; s < kSums; ++s) sum[v][s] = load(sums + s * row + j + v * lanes);
+    int64_t i = j;
+    for (; i + kVectors * lanes <= size; i += period)
+      for (int v = 0; v < kVectors; ++v) f(i + v * lanes, j + v * lanes, lanes, sum[v]);
+    for (int v = 0; v < kVectors; ++v)  // the line's end
+      if (i + v * lanes < size) f(i + v * lanes, j + v * lanes, least(lanes, size - i - v * lanes), sum[v]);
+    for (int v = 0; v < kVectors; ++v)
+      for (int s = 0; s < kSums; ++s) store(sums + s * row + j + v * lanes, sum[v][s]);
+  }
 };
 
 template <class S, class A = Accumulate<S>>

@@ -9,6 +9,7 @@ from torch import nn
 
 from gsto_models import create_model, fold_scales, measure_scales
 from gsto_models.blocks import concat_upsampled
+from gsto_models.fused import plain_composition
 from gsto_models.scale_equalizer import EqualizedConv2d
 
 NETWORKS = [
@@ -43,7 +44,7 @@ def fusion_inputs(model, batches):
         for name, module in model.named_modules()
         if isinstance(module, EqualizedConv2d)
     ]
-    with torch.no_grad():
+    with torch.no_grad(), plain_composition(model):
         for batch in batches:
             model(batch)
     for handle in handles:
