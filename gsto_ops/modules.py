@@ -15,6 +15,7 @@ from .functional import (
     gated_scale_transfer,
     scale_transfer,
 )
+from .norm_sum import update_running_statistics
 
 
 def gated_norm_transfer(
@@ -63,7 +64,8 @@ def gated_norm_transfer(
         raise ValueError(
             f"batch norm in training mode needs more than one value per channel, got {tuple(output.shape)}"
         )
-    _update_running_statistics(norm, mean.detach(), var.detach() * (count / (count - 1)))
+    with torch.no_grad():
+        update_running_statistics([norm], [mean], [var], [count])
     return affine_scale_transfer(output, *_affine(norm, mean, var), activation=activation, **transfer)
 
 
@@ -72,15 +74,6 @@ def _affine(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Te
     dtype = torch.promote_types(mean.dtype, torch.float32)
     scale = norm.weight.to(dtype) * (var.to(dtype) + norm.eps).rsqrt()
     return scale, norm.bias.to(dtype) - mean.to(dtype) * scale
-
-
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, unbiased_var: Tensor) -> None:
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None or not norm.training:
-        return
-    norm.num_batches_tracked.add_(1)
-    factor = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), factor)
 
 
 class GatedScaleTransfer(nn.Module):

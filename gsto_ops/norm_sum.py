@@ -173,13 +173,11 @@ def over_processes(
 def update_running_statistics(
     norms: Sequence[nn.BatchNorm2d], mean: Sequence[Tensor], var: Sequence[Tensor], pixels: Sequence[Any]
 ) -> None:
+    """What the modules do in training mode: ``var`` is biased, ``pixels`` a number or a tensor of one."""
     for norm, m, v, n in zip(norms, mean, var, pixels, strict=True):
-        if (
-            not norm.training
-            or norm.running_mean is None
-            or norm.running_var is None
-            or norm.num_batches_tracked is None
-        ):
+        if not norm.training or not norm.track_running_stats:
+            continue
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             continue
         norm.num_batches_tracked.add_(1)
         momentum = 1.0 / norm.num_batches_tracked.to(m.dtype) if norm.momentum is None else norm.momentum

@@ -8,6 +8,11 @@ from .checks import check_bn_momentum, check_flags, check_optional_number
 from .gates import GATE_FORMS
 
 TRANSITION_STAGES = (1, 2, 3)
+STAGES = {
+    "gated_transition": TRANSITION_STAGES,
+    "auxiliary_supervision": TRANSITION_STAGES,
+    "checkpointing": (2, 3, 4),
+}
 CHOICES = {
     "gate_form": GATE_FORMS,
     "gate_kind": ("spatial", "channel"),
@@ -92,6 +97,8 @@ class Options:
             resolution as its only output, and the head is one 1x1 convolution on it (HRNet for pose).
         scale_equalizer: a scale equalizer in front of the head and of every class map's predictor, where all branches are
             upsampled and concatenated; see `measure_scales`. (The class map of a paper-form transition has none.)
+        checkpointing: stages, among 2, 3 and 4, whose multi-branch modules keep only their inputs in training and run a second
+            time in the backward pass: less memory, about a third more time in those stages; the numbers are the same.
         fused: batch norm, ReLU, sums, upsampling and gates in as few passes over memory as there can be
             (`gsto_ops.norm_sum`, `gsto_ops.gated_fusion`); False, one PyTorch operator after the other. The numbers and the
             state dict are the same; hooks on the modules inside do not run where they are fused.
@@ -111,6 +118,7 @@ class Options:
     align_corners: bool = False
     multi_scale_output: bool = True
     scale_equalizer: bool = False
+    checkpointing: Collection[int] = ()
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -126,8 +134,8 @@ class Options:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("gated_transition", "auxiliary_supervision"):
-            object.__setattr__(self, name, self._stages(name))
+        for name, allowed in STAGES.items():
+            object.__setattr__(self, name, self._stages(name, allowed))
         if self.align_corners and self.upsampling != "bilinear":
             raise ValueError(f"align_corners=True is for bilinear upsampling only, got upsampling={self.upsampling!r}")
         if self.scale_equalizer and not self.multi_scale_output:
@@ -149,13 +157,13 @@ class Options:
         """Whether the gates of `gated_fusion` are not those of the paper's operator but one of Table 3's others."""
         return (self.gate_kind, self.gate_position) != ("spatial", "transfer")
 
-    def _stages(self, name: str) -> tuple[int, ...]:
+    def _stages(self, name: str, allowed: tuple[int, ...]) -> tuple[int, ...]:
         given = getattr(self, name)
         if isinstance(given, str) or not isinstance(given, Collection):
             raise TypeError(f"{name} must be a tuple of stages, got {given!r}")
-        stages = tuple(stage for stage in TRANSITION_STAGES if stage in list(given))
+        stages = tuple(stage for stage in allowed if stage in list(given))
         if len(given) != len(stages):
-            raise ValueError(f"{name} must be stages out of {TRANSITION_STAGES}, each once, got {given!r}")
+            raise ValueError(f"{name} must be stages out of {allowed}, each once, got {given!r}")
         return stages
 
     def _check_numbers(self) -> None:

@@ -1,8 +1,13 @@
 """HRNet, HRNetV2 and GSTO-HRNet (arXiv 2005.13363, Section 3.2 and Fig. 3): one trunk, with the gates as options."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gsto_ops
 
@@ -94,7 +99,7 @@ class HRNet(FusedModule):
         class_maps: list[Tensor] = []
         for stage in TRANSITION_STAGES:
             branches, class_map = self._transition(branches, stage)
-            branches = self.get_submodule(f"stage{stage + 1}")(branches)
+            branches = self._run_stage(stage + 1, branches)
             if class_map is not None:
                 class_maps.insert(0, class_map)
         main = self.head(branches if self.options.multi_scale_output else branches[0])
@@ -123,6 +128,15 @@ class HRNet(FusedModule):
         predictor = LevelsHead(levels, num_classes, self.upsampling, options.scale_equalizer) if predicted else None
         self.register_module(f"last_layer_stage{stage}", predictor)
         self.register_module(f"att{stage}", gate)
+
+    def _run_stage(self, stage: int, branches: list[Tensor]) -> list[Tensor]:
+        layers = self.get_submodule(f"stage{stage}")
+        if stage not in self.options.checkpointing or not self.training or not torch.is_grad_enabled():
+            return layers(branches)
+        for module in layers.children():
+            again = partial(_with_frozen_statistics, module)
+            branches = checkpoint(module, branches, use_reentrant=False, context_fn=again)
+        return branches
 
     def _norm_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
         return gsto_ops.norm_sum(None, [x], [norm], activation="relu") if self.fused else self.relu(norm(x))
@@ -155,6 +169,25 @@ class HRNet(FusedModule):
         for module in self.modules():
             if isinstance(module, GatedModule):
                 module.start_gates(options.gate_bias_init)
+
+
+def _with_frozen_statistics(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first and of the second run of a checkpointed module: the second one leaves running statistics alone."""
+    return nullcontext(), _frozen_statistics(module)
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    tracking = [
+        m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) and m.track_running_stats
+    ]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def _stage(trunk: Trunk, stage: int, options: Options) -> nn.Sequential:

@@ -19,6 +19,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Small calls run faster on one thread, above all where other programs hold the cores. Tests may ask for more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder with samples of the public data sets: GSTO_DATA_ROOT, or ../shared/data beside the checkout."""

@@ -56,15 +56,6 @@ def instruction_set(request):
 
 
 @pytest.fixture
-def one_thread():
-    """Small calls run faster on one thread, above all where other programs hold the cores. Tests may ask for more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def fresh_memory_is_nan():
     """New memory is filled with NaN, so that an element that nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
