@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #ifdef GSTO_X86_VARIANTS
 #include <immintrin.h>
 #endif

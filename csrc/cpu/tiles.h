@@ -8,17 +8,15 @@ namespace gsto::cpu::GSTO_ISA {
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) {
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(A) + 64) / 64 * 64;
-    data_ = static_cast<A*>(aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { free(data_); }
+  explicit Buffer(int64_t size)
+      : bytes_(static_cast<size_t>(size) * sizeof(A)), data_(static_cast<A*>(take_scratch(bytes_))) {}
+  ~Buffer() { give_scratch_back(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   A* data() const { return data_; }
 
  private:
+  size_t bytes_;
   A* data_;
 };
 
