@@ -75,18 +75,22 @@ def check_parameter(
         )
 
 
-def check_parameters(input: Tensor, *parameters: tuple[str, Tensor | None, tuple[int | None, ...], str]) -> None:
+def check_parameters(
+    input: Tensor,
+    *parameters: tuple[str, Tensor | None, tuple[int | None, ...], str],
+    dtype: torch.dtype | None = None,
+) -> None:
     """:func:`check_parameter` of (name, parameter, shape, meaning) each, in less time where nothing is wrong."""
-    dtype, device = input.dtype, input.device
+    wanted, device = dtype or input.dtype, input.device
     for name, parameter, shape, meaning in parameters:
         if parameter is None or (
             isinstance(parameter, Tensor)
-            and parameter.dtype is dtype
+            and parameter.dtype is wanted
             and ((given := parameter.shape) == shape or (shape[0] is None and given[1:] == shape[1:] and given[0] > 0))
             and parameter.device == device
         ):
             continue
-        check_parameter(name, parameter, shape, input, meaning=meaning)
+        check_parameter(name, parameter, shape, input, meaning=meaning, dtype=dtype)
 
 
 def check_projection(weight: Tensor | None, bias: Tensor | None, input: Tensor) -> None:

@@ -303,9 +303,13 @@ def affine_scale_transfer(
         ValueError, TypeError: as :func:`gated_scale_transfer`.
     """
     checks.check_input(input)
-    for name, vector in (("scale", scale), ("shift", shift)):
-        dtype = reference.statistics_dtype(input)
-        checks.check_parameter(name, vector, (input.shape[1],), input, meaning="(channels,)", dtype=dtype)
+    channels = (input.shape[1],)
+    checks.check_parameters(
+        input,
+        ("scale", scale, channels, "(channels,)"),
+        ("shift", shift, channels, "(channels,)"),
+        dtype=reference.statistics_dtype(input),
+    )
     checks.check_mode(mode, align_corners)
     act = checks.check_activation(activation)
     out_size, factors = checks.output_size(input, size, scale_factor)

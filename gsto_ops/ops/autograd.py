@@ -101,7 +101,14 @@ def differentiable(
     library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Any:
-        if _dispatcher_needed(_flat(args, in_lists) if in_lists else args):
+        # Whether a layer above autograd has a say: a compiler or tracer, forward mode, torch.func, a tensor subclass or mode.
+        if (
+            torch.compiler.is_compiling()
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+            or torch.overrides.has_torch_function(_flat(args, in_lists) if in_lists else args)
+            or torch.jit.is_tracing()
+        ):
             return overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args)
@@ -109,17 +116,6 @@ def differentiable(
             return overload(*args)
 
     return call
-
-
-def _dispatcher_needed(args: Sequence[Any]) -> bool:
-    """Whether a layer above autograd has a say: a compiler or tracer, forward mode, torch.func, a tensor subclass or mode."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.overrides.has_torch_function(args)
-        or torch.jit.is_tracing()
-    )
 
 
 def _flat(values: Sequence[Any], lists: tuple[int, ...]) -> tuple[Any, ...]:

@@ -201,8 +201,8 @@ def _differentiable_backward(
 
 
 def _namespace_of(operator: Any) -> Any:
-    """The namespace that an operator's packet belongs to."""
-    return getattr(torch.ops, operator._qualified_op_name.split("::")[0])
+    """The namespace that an operator belongs to."""
+    return getattr(torch.ops, operator.namespace)
 
 
 define(

@@ -128,8 +128,15 @@ def _backward(
         grads = differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output, grad_gate))
         return *grads, *no_grads
     found = operator(grad_output, grad_gate, input, gate, gate_weight, weight, bias, ctx.activation, *ctx.resampling)
-    present = (True, True, gate_bias is not None, weight is not None, bias is not None)
-    return *(grad if there else None for grad, there in zip(found, present, strict=True)), *no_grads
+    grad_input, grad_gate_weight, grad_gate_bias, grad_weight, grad_bias = found
+    return (
+        grad_input,
+        grad_gate_weight,
+        None if gate_bias is None else grad_gate_bias,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+        *no_grads,
+    )
 
 
 register(

@@ -57,14 +57,14 @@ def register(
 ) -> None:
     """Defines ``name`` and ``name_backward`` in both namespaces with all that the dispatcher asks of them.
 
-    ``backward`` is called with the packet of ``name_backward`` in the namespace of the forward call, the context, and the grads.
+    ``backward`` is called with ``name_backward`` of the namespace of the forward call, the context, and the grads.
     ``maps`` is for ``torch.vmap``, see ``batching.vmap_rule``.
     """
     define(name, name, "forward", schema, kernel, fake, maps)
     define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
-        gradients = partial(backward, getattr(packet, f"{name}_backward"))
+        gradients = partial(backward, getattr(packet, f"{name}_backward").default)
         function = differentiable(library, getattr(packet, name).default, kernel, setup_context, gradients)
         setattr(operators[namespace], name, function)
         if autocast:
