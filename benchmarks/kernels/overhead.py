@@ -1,12 +1,11 @@
 """``python -m gsto_benchmarks.kernels.overhead``: the host's time for an eager call on a tiny map, and for the chain it replaces.
 
 On a map of 4x4 pixels there is nothing to compute: what is measured is argument checks, the choice of the backend, dispatch,
-autograd. Both sides run in one process on one thread, in turn; a time is the least of all rounds, because other programs only
-ever add to it. On a GPU the time is that of queueing the work; the queue is emptied between rounds.
+autograd. Both sides run in one process on one thread, in turn; a time is the thread's own, and the least of all rounds, because
+other programs only ever add to it. On a GPU it is that of queueing the work; the queue is emptied between rounds.
 """
 
 import argparse
-import time
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 import gsto_ops
 
 from .cases import Case, Function, affine, projection, pyramid, training, transfer
-from .cpu import errors, make_operands, results
+from .cpu import clock, errors, make_operands, results
 
 CALLS = 20  # per round: less than the scheduler's time slice
 CASES = [
@@ -32,10 +31,10 @@ def microseconds(function: Function, operands: list[Tensor], grads: list[Tensor]
     """The time of one call, the mean over a round."""
     if operands[0].is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(CALLS):
         results(function, operands, grads)
-    return (time.perf_counter() - start) / CALLS * 1e6
+    return (clock() - start) / CALLS * 1e6
 
 
 def measure(case: Case, device: str, backward: bool, rounds: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import gsto_ops
 from gsto_ops import reference
@@ -85,6 +85,20 @@ def test_forward_mode_without_torch_func():
         x = forward_ad.make_dual(o.x, o.x.square())
         tangents = [forward_ad.unpack_dual(f(x, o.w, o)).tangent for f in CALLS["gated_scale_transfer"]]
     torch.testing.assert_close(*tangents)
+
+
+def test_tensors_that_outlive_their_transform():
+    """The pullback of vjp runs when its level is gone, on what was saved there; so does what a transform leaks."""
+    o = operands()
+    found = []
+    for f in CALLS["gated_scale_transfer"]:
+        output, pullback = vjp(lambda x, w, f=f: f(x, w, o), o.x, o.w)
+        found.append((output, *pullback(torch.ones_like(output))))
+        leaked = []
+        w = o.w.clone().requires_grad_()
+        grad(lambda x, leaked=leaked, w=w: leaked.append(x * w.sum()) or x.sum())(o.x)
+        found[-1] += torch.autograd.grad(f(leaked[0], o.w, o).square().sum(), w)
+    torch.testing.assert_close(*found)
 
 
 def test_functional_call():
