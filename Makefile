@@ -19,7 +19,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m gsto_ops
 	$(BIN)/python -m pytest
 
-# One call for a machine with an NVIDIA GPU and a CUDA toolkit: build, GPU tests, kernel table in runs/bench/. It installs into
+# One call for a machine with an NVIDIA GPU and a CUDA toolkit: build, GPU tests, kernel table, networks, in runs/bench/. It installs into
 # the environment of GPU_PYTHON, whose torch is the one to measure; nothing is downloaded.
 GPU_PYTHON ?= python3
 gpu:
@@ -27,6 +27,8 @@ gpu:
 	$(GPU_PYTHON) -m gsto_ops
 	$(GPU_PYTHON) -m pytest -m gpu
 	$(GPU_PYTHON) -m gsto_benchmarks.kernels.gpu
+	$(GPU_PYTHON) -m gsto_benchmarks bench step
+	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024 2048
 
 # The GPU sweep under compute-sanitizer; slow, so on one shape.
 gpu-sanitize:
