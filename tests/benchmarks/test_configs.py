@@ -10,7 +10,7 @@ from gsto_benchmarks import cli
 from gsto_benchmarks.segmentation import SegmentationTask
 from gsto_benchmarks.training.cli import TrainingCLI, run_cli
 
-NAMES = sorted(cli.shipped_configs())
+NAMES = sorted(name for name, file in cli.shipped_configs().items() if "segmentation" in file.parts)
 # exact numbers of weights and biases in convolutions
 CONV_PARAMS = {
     "cityscapes_hrnetv2_w18_small_v2": 3_923_091,
