@@ -125,7 +125,8 @@ def _bench(argv: list[str]) -> None:
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that `-c NAME` finds: name -> YAML file."""
-    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*/configs/*.yaml"))}
+    files = Path(__file__).parent.glob("*/configs/*.yaml")
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def resolve_config_names(argv: Sequence[str]) -> list[str]:
