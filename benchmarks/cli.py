@@ -84,6 +84,10 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
         from .training.compare import run
 
         run(argv[1:], COMMANDS["compare"])
+    elif command == "verify" and argv[1:2] == ["coco"]:
+        from .pose.verification import run_verify
+
+        return run_verify(argv[2:], COMMANDS["verify"])
     elif command in ("prepare", "verify"):
         from .segmentation.prepare import run_prepare, run_verify
 

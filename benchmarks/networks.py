@@ -25,23 +25,30 @@ def load_network(name: str | None, checkpoint: Path | None = None, **options: An
         ValueError: an unknown name, a checkpoint of another network, no name. FileNotFoundError: no such file.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    if checkpoint is None or not _has_options(checkpoint):
+    contents = None if checkpoint is None else _read_own(checkpoint)
+    if contents is None:
         if name is None:
             raise ValueError("a model name is needed: only checkpoints of gsto fit and gsto demo bring theirs along")
         return gsto_models.create_model(name, pretrained=checkpoint, **options).eval()
-    from .segmentation import SegmentationTask  # the trainers, only where a file is theirs
+    # the trainers, only where a file is theirs
+    if any(key.startswith("network.final_layer.") for key in contents["state_dict"]):  # the head of pose networks
+        from .pose import PoseTask as Task
+    else:
+        from .segmentation import SegmentationTask as Task
 
-    task = SegmentationTask.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    task = Task.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     if name not in (None, task.hparams.name):
         raise ValueError(f"{checkpoint} holds a {task.hparams.name}, not a {name}")
     return task.network.eval()
 
 
-def _has_options(checkpoint: Path) -> bool:
-    """Whether a file is a checkpoint of the trainers; a file that cannot be read is not, and is reported by its loader."""
+def _read_own(checkpoint: Path) -> dict[str, Any] | None:
+    """The contents of a checkpoint of the trainers; None for other files, those that cannot be read included: their loader
+    reports them."""
     if checkpoint.suffix == ".safetensors" or not checkpoint.is_file():
-        return False
+        return None
     try:
-        return "hyper_parameters" in torch.load(checkpoint, map_location="cpu", weights_only=True)
+        contents = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError):
-        return False
+        return None
+    return contents if "hyper_parameters" in contents else None

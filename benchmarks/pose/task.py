@@ -95,8 +95,9 @@ class PoseTask(TrainingTask):
     def test_step(self, batch: EvalSample, batch_idx: int) -> None:
         self.evaluator.update(self, batch.image, batch.index)
 
-    def predict_step(self, batch: EvalSample, batch_idx: int) -> None:
+    def predict_step(self, batch: EvalSample, batch_idx: int) -> Tensor:
         self.evaluator.update(self, batch.image, batch.index)
+        return batch.index  # Lightning warns about nothing
 
     def on_validation_epoch_end(self) -> None:
         self.poses = self.evaluator.finish()

@@ -127,7 +127,8 @@ def _splits_here(data: FolderData) -> list[str]:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"gsto {command}", description=description, allow_abbrev=False)
+    other = "gsto verify coco --help tells about COCO keypoints" if command == "verify" else None
+    parser = argparse.ArgumentParser(prog=f"gsto {command}", description=description, epilog=other, allow_abbrev=False)
     parser.add_argument("dataset", choices=DATASETS, help="which data set")
     parser.add_argument("--root", type=Path, required=True, help="its folder")
     return parser
