@@ -52,8 +52,8 @@ class Annotations:
         file: where it was read from.
         pictures: by image id.
         people: those to learn from: with labelled keypoints and an area, no crowds, boxes clipped to the image.
-        records: all annotations of persons as COCOeval wants them, numbered from 1: it takes a match with id 0 for none,
-            and knows only one annotation of an id.
+        records: all annotations of persons as COCOeval wants them, but with keypoints (17, 3), and numbered from 1: it takes
+            a match with id 0 for none, and knows only one annotation of an id.
         skipped: the annotations that are not in `people`: reason -> number.
     """
 
@@ -112,7 +112,7 @@ def _add(found: Annotations, place: str, entry: dict[str, Any]) -> None:
             "bbox": list(box),
             "area": float(area),
             "iscrowd": int(crowd),
-            "keypoints": keypoints.ravel().tolist(),
+            "keypoints": keypoints,
             "num_keypoints": labelled,
         }
     )

@@ -94,8 +94,9 @@ def _smooth(heatmaps: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-(torch.arange(-radius, radius + 1, device=heatmaps.device).float() ** 2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
     blurred = heatmaps.flatten(0, 1).unsqueeze(1)
-    blurred = F.conv2d(blurred, kernel, padding=(radius, 0))
-    blurred = F.conv2d(blurred, kernel.transpose(2, 3), padding=(0, radius)).view_as(heatmaps)
+    with torch.autocast(heatmaps.device.type, enabled=False):  # the differences of neighbours would drown in bfloat16
+        blurred = F.conv2d(blurred, kernel, padding=(radius, 0))
+        blurred = F.conv2d(blurred, kernel.transpose(2, 3), padding=(0, radius)).view_as(heatmaps)
     before, after = (maps.amax((-2, -1), keepdim=True) for maps in (heatmaps, blurred))
     return blurred * before / after.clamp(min=1e-10)
 

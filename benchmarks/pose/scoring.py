@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from .annotations import PERSON, Annotations
 from .keypoints import NAMES, SIGMAS
 
+EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}  # the first is taken
 FIGURES = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")  # in COCOeval's order
 
 
@@ -83,8 +85,15 @@ def suppress_duplicates(poses: Sequence[Pose], threshold: float) -> list[Pose]:
 
 
 def evaluator_name() -> str:
-    """Which implementation of COCOeval measures here."""
-    return "faster-coco-eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    """Which implementation of COCOeval measures here.
+
+    Raises:
+        UsageError: none is installed.
+    """
+    for name, module in EVALUATORS.items():
+        if importlib.util.find_spec(module):
+            return name
+    raise UsageError("COCO's figures need pycocotools or faster-coco-eval: pip install 'gsto_ops[train]'")
 
 
 def evaluate(annotations: Annotations, poses: Sequence[Pose], implementation: str | None = None) -> dict[str, float]:
@@ -111,7 +120,9 @@ def evaluate(annotations: Annotations, poses: Sequence[Pose], implementation: st
         truth.dataset = {
             "info": {},
             "images": [{"id": picture.id} for picture in annotations.pictures.values()],
-            "annotations": annotations.records,
+            "annotations": [
+                {**record, "keypoints": record["keypoints"].ravel().tolist()} for record in annotations.records
+            ],
             "categories": [{"id": PERSON, "name": "person", "keypoints": list(NAMES)}],
         }
         truth.createIndex()

@@ -14,7 +14,7 @@ from ..training import TrainingTask
 from .datasets import EvalSample, TrainSample
 from .evaluation import EvaluationOptions, Evaluator, measure
 from .loss import pose_loss
-from .scoring import Pose
+from .scoring import Pose, evaluator_name
 
 
 class PoseTask(TrainingTask):
@@ -81,6 +81,8 @@ class PoseTask(TrainingTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage in ("fit", "validate"):
+            evaluator_name()  # so that a run does not begin where it cannot be evaluated
         data = self.trainer.datamodule
         dataset = {"test": "test_set", "predict": "predict_set"}.get(stage, "val_set")
         self.evaluator = Evaluator(getattr(data, dataset), self.evaluation, self.sigma)
@@ -97,7 +99,7 @@ class PoseTask(TrainingTask):
 
     def predict_step(self, batch: EvalSample, batch_idx: int) -> Tensor:
         self.evaluator.update(self, batch.image, batch.index)
-        return batch.index  # Lightning warns about nothing
+        return batch.index  # Lightning would warn of predictions that are None
 
     def on_validation_epoch_end(self) -> None:
         self.poses = self.evaluator.finish()

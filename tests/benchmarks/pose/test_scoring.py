@@ -5,11 +5,19 @@ import math
 import numpy as np
 import pytest
 
+from gsto_benchmarks.errors import UsageError
 from gsto_benchmarks.pose.annotations import read_annotations
 from gsto_benchmarks.pose.keypoints import SIGMAS
-from gsto_benchmarks.pose.scoring import FIGURES, Pose, evaluate, oks, rescore, suppress_duplicates
-
-IMPLEMENTATIONS = ("pycocotools", "faster-coco-eval")
+from gsto_benchmarks.pose.scoring import (
+    EVALUATORS,
+    FIGURES,
+    Pose,
+    evaluate,
+    evaluator_name,
+    oks,
+    rescore,
+    suppress_duplicates,
+)
 
 
 def pose(points, score, image_id=1, area=5000.0, index=0):
@@ -50,12 +58,11 @@ def test_duplicates_of_a_better_pose_go():
 
 
 def implementation_or_skip(name):
-    module = {"pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval"}[name]
-    pytest.importorskip(module, reason=f"{name} is not installed")
+    pytest.importorskip(EVALUATORS[name], reason=f"{name} is not installed")
     return name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVALUATORS)
 def test_figures_of_a_wrong_and_of_a_perfect_pose(write_coco, implementation):
     implementation_or_skip(implementation)
 
@@ -77,7 +84,7 @@ def test_figures_of_a_wrong_and_of_a_perfect_pose(write_coco, implementation):
     assert evaluate(annotations, [], implementation) == dict.fromkeys(FIGURES, 0.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVALUATORS)
 @pytest.mark.parametrize("number", [0, 7])
 def test_annotation_ids_do_not_matter(write_coco, implementation, number):
     """COCOeval takes a match with annotation 0 for none, and one of several annotations of one id for all of them."""
@@ -91,6 +98,12 @@ def test_annotation_ids_do_not_matter(write_coco, implementation, number):
     annotations = read_annotations(root / "annotations/person_keypoints_val2017.json", root / "images/val2017")
     perfect = [pose(p.keypoints[:, :2], 0.9, p.picture.id, index=i) for i, p in enumerate(annotations.people)]
     assert evaluate(annotations, perfect, implementation)["AP"] == 1.0
+
+
+def test_a_run_without_any_evaluator_does_not_begin(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="need pycocotools or faster-coco-eval"):
+        evaluator_name()
 
 
 def test_result_entry():
