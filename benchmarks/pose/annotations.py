@@ -94,7 +94,7 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
 
 
 def _add(found: Annotations, place: str, entry: dict[str, Any]) -> None:
-    picture = found.pictures.get(entry["image_id"])
+    picture = found.pictures.get(_integer(place, entry, "image_id"))
     if picture is None:
         raise DataError(f"{place}: there is no image with the id {entry['image_id']!r} in the file")
     box = _box(place, entry)
@@ -149,19 +149,19 @@ def read_detections(file: Path, pictures: dict[int, Picture], of: Path) -> tuple
         raise DataError(f"{file}: must be a JSON list of boxes")
     people: list[Person] = []
     skipped: Counter[str] = Counter()
-    foreign: Counter[Any] = Counter()
+    foreign: Counter[int] = Counter()
     for place, entry in _entries(file, content, "", ("image_id", "category_id", "bbox", "score")):
-        box, score = _box(place, entry), entry["score"]
+        box, score, number = _box(place, entry), entry["score"], _integer(place, entry, "image_id")
         if not isinstance(score, int | float) or not np.isfinite(score):
             raise DataError(f"{place}: score must be a number, got {score!r}")
         if entry["category_id"] != PERSON:
             skipped["not a person"] += 1
-        elif entry["image_id"] not in pictures:
-            foreign[entry["image_id"]] += 1
-        elif clip_box(box, pictures[entry["image_id"]].size) is None:
+        elif number not in pictures:
+            foreign[number] += 1
+        elif clip_box(box, pictures[number].size) is None:
             skipped["box outside the image"] += 1
         else:
-            people.append(Person(pictures[entry["image_id"]], box, float(score)))
+            people.append(Person(pictures[number], box, float(score)))
     if foreign:
         raise DataError(
             f"{file}: {foreign.total()} of {len(content)} boxes are of images that {of} does not list, such as image_id "
@@ -184,7 +184,7 @@ def read_named_boxes(file: Path, pictures: Sequence[Picture]) -> list[Person]:
     by_name = {picture.file.name: picture for picture in pictures}
     people = []
     for place, entry in _entries(file, content, "", ("file_name", "bbox")):
-        picture = by_name.get(entry["file_name"])
+        picture = by_name.get(str(entry["file_name"]))
         if picture is None:
             raise DataError(f"{place}: there is no image {entry['file_name']!r} in the folder")
         box, score = _box(place, entry), entry.get("score", 1.0)

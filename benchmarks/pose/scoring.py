@@ -30,7 +30,7 @@ class Pose:
         points: (17, 2) float64, x and y in pixels of the image.
         joint_scores: (17,) float64, the heatmaps' maxima.
         box: (left, top, width, height) that it was found in.
-        area: of the region that the network saw, the measure of distances in `suppress_duplicates`.
+        area: of the region that the network saw, the measure of distances in `suppress_duplicates`, as in HRNet's code.
         score: see `rescore`.
     """
 

@@ -112,6 +112,10 @@ def test_boxes_of_detectors(write_coco):
             r"annotations\[1\]: keypoints must be 51 finite numbers",
         ),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, "a", 4]), r"annotations\[1\]: bbox must be 4 finite numbers"),
+        (
+            lambda c: c["annotations"][1].update(image_id=[10]),
+            r"annotations\[1\]: image_id must be an integer, got \[10\]",
+        ),
         (lambda c: c["annotations"][1].update(area=None), r"annotations\[1\]: area must be a number, got None"),
         (lambda c: c["annotations"].clear(), r"no person with keypoints in it \(skipped: none\)"),
         (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"no person .* \(skipped: 2 crowd\)"),
