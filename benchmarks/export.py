@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,25 @@ from .networks import load_network
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-4  # of the largest value of the output
 AXES = {0: "batch", 2: "height", 3: "width"}
+OPEN = {"all": tuple(AXES), "batch": (0,), "none": ()}
 
 
 @torch.no_grad()
-def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, dynamic: bool = True) -> str:
+def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, open_axes: str = "all") -> str:
     """Fold a network, write it, read the file back and compare it with the network.
 
     Args:
         network: a network of `gsto_models`, on the CPU, in eval mode. Not changed.
         out: the file; `.onnx`, or `.pt2` for `torch.export.load`. Both hold standard operators alone.
         size: height and width of the images that the network is traced with.
-        dynamic: True leaves the number of images, their height and width open, as far as the network allows.
+        open_axes: "all" leaves the number of images, their height and width open; "batch" the number alone; "none" nothing.
 
     Returns:
         What was written, which sizes it takes, and the differences from the network in float64.
 
     Raises:
-        ValueError: another suffix; a network in training mode. RuntimeError: the file computes something else.
+        ValueError: another suffix; a network in training mode, or one that cannot be traced with these axes open.
+        RuntimeError: the file computes something else.
         ModuleNotFoundError: the packages that ONNX needs are missing.
     """
     if out.suffix not in SUFFIXES:
@@ -47,11 +50,11 @@ def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, dyna
     if out.suffix == ".onnx":
         _need_onnx()
     folded = gsto_models.fold(network).float()
-    image = torch.randn(2 if dynamic else 1, 3, *size)
-    axes = dict.fromkeys(AXES, torch.export.Dim.AUTO) if dynamic else {}
+    axes = dict.fromkeys(OPEN[open_axes], torch.export.Dim.AUTO)
+    image = torch.randn(2 if axes else 1, 3, *size)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _quiet_exporters():
-        program = torch.export.export(folded, (image,), dynamic_shapes=(axes,))
+        program = _trace(folded, image, axes)
         if out.suffix == ".pt2":
             torch.export.save(program, out)
         else:
@@ -72,6 +75,19 @@ def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, dyna
             *checked,
         ]
     )
+
+
+def _trace(network: nn.Module, image: Tensor, axes: dict[int, Any]) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(network, (image,), dynamic_shapes=(axes,))
+    except Exception as error:  # torch's solver of constraints raises anything, sympy's errors among them
+        if not axes:
+            raise
+        names = ", ".join(AXES[axis] for axis in axes)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the network cannot be traced with open {names}; choose fewer (--open batch or none): {reason}"
+        ) from error
 
 
 def _need_onnx() -> None:
@@ -113,17 +129,20 @@ def _runner(out: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _check(run: Callable[[Tensor], Tensor], network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> list[str]:
-    """The largest difference for every shape."""
+    """The largest difference for every shape. A network that float32 itself does not carry that far may differ as much again."""
     exact = copy.deepcopy(network).double()
     lines = []
     for shape in shapes:
         image = torch.randn(shape)
         expected = exact(image.double())
-        difference = float((run(image) - expected).abs().max() / expected.abs().max())
-        name = "x".join(map(str, shape))
-        lines.append(f"{name}: differs from the network in float64 by {difference:.1e} of its largest output")
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"the exported program is wrong: {lines[-1]}, more than {TOLERANCE:.0e}")
+        program, own = (float((f(image) - expected).abs().max() / expected.abs().max()) for f in (run, network))
+        line = (
+            f"{'x'.join(map(str, shape))}: differs from the network in float64 by {program:.1e} of its largest output "
+            f"(the network in float32: {own:.1e})"
+        )
+        if not program <= max(TOLERANCE, 4 * own):
+            raise RuntimeError(f"the exported program is wrong: {line}")
+        lines.append(line)
     return lines
 
 
@@ -147,10 +166,12 @@ def run(argv: Sequence[str], description: str) -> None:
     parser.add_argument("--task", choices=("segmentation", "pose"), help="of the network (default: the file's)")
     parser.add_argument("--num-classes", type=int, help="output channels (default: the file's, or the task's)")
     parser.add_argument("--size", type=_size, default=(128, 256), help="HxW to trace with (default: 128x256)")
-    parser.add_argument("--static", action="store_true", help="fix batch 1 and --size; default: both are left open")
+    parser.add_argument(
+        "--open", choices=OPEN, default="all", help="axes that stay open: batch, height, width; batch; none"
+    )
     arguments = parser.parse_args(argv)
     try:
         network = load_network(arguments.model, arguments.ckpt, task=arguments.task, num_classes=arguments.num_classes)
-        print(export_network(network, arguments.output, arguments.size, dynamic=not arguments.static))
+        print(export_network(network, arguments.output, arguments.size, open_axes=arguments.open))
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error

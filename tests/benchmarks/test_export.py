@@ -71,18 +71,27 @@ def test_a_fixed_size(tmp_path):
     import onnx
 
     out = tmp_path / "folder" / "file.onnx"
-    text = export.export_network(network("PPM"), out, (64, 96), dynamic=False)
+    text = export.export_network(network("PPM"), out, (64, 96), open_axes="none")
     assert "open: nothing; fixed: batch, height, width" in text and "1x3x64x96: differs" in text
     model = onnx.load(out)
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 64, 96]
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}, "standard operators alone"
 
 
+def test_what_cannot_stay_open_is_said(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x[:, :, : int(x.mean())]  # a size that depends on the pixels
+
+    with pytest.raises(ValueError, match=r"cannot be traced with open batch; choose fewer \(--open batch or none\): "):
+        export.export_network(Fixed().eval(), tmp_path / "file.pt2", (64, 96), open_axes="batch")
+
+
 def test_a_wrong_program_is_not_left_behind(tmp_path, monkeypatch):
     out = tmp_path / "file.pt2"
     monkeypatch.setattr(export, "_runner", lambda out: lambda image: torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"the exported program is wrong: 1x3x64x96: differs .* by 1\.0e"):
-        export.export_network(network("ASPP"), out, (64, 96), dynamic=False)
+        export.export_network(network("ASPP"), out, (64, 96), open_axes="none")
     assert not out.exists()
 
 
@@ -99,7 +108,8 @@ def test_the_command(tmp_path, capsys):
         "hrnetv2_w18_small_v2",
         "--ckpt",
         str(weights),
-        "--static",
+        "--open",
+        "none",
         "--size",
         "32x64",
     ]

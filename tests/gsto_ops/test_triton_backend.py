@@ -50,6 +50,17 @@ for name, (function, operands) in calls.items():
     assert launched == [f"{name} forward", f"{name} backward"], launched
     launched.clear()
     print(name, "equal")
+resampling = ("relu", [4, 3], "bilinear", False, None, None)
+x, rho, w, c, scale, shift, gates = x[:1, :3, :2, :3], rho[:, :3], w[:2, :3], c[:2], scale[:3], shift[:3], gates[:, :3]
+checked = {
+    "gated_scale_transfer": (x, rho, b, w, c, *resampling),
+    "gated_projection": (x, rho, b, w),
+    "affine_scale_transfer": (x, scale, shift, *resampling),
+    "gated_pyramid_pool": (x, gates, None, [1, 2]),
+}
+for name, operands in checked.items():
+    leaves = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in operands]
+    torch.library.opcheck(getattr(torch.ops.gsto_triton, name).default, leaves)
 with torch.autocast("cpu", torch.bfloat16), gsto_ops.use_backend("triton"):
     assert gsto_ops.gated_scale_transfer(x, rho, b, w, c, scale_factor=2).dtype == torch.bfloat16
 """
