@@ -1,22 +1,10 @@
-// torch.ops.gsto_ops.batch_norm_sum, its backwards, and channel_statistics on the CPU. The schemas are those of
-// gsto_ops/ops.
+// torch.ops.gsto_ops.batch_norm_sum and its backwards on the CPU. The schemas are those of gsto_ops/ops.
 #include <memory>
 
 #include "cpu/binding.h"
 
 namespace gsto::cpu {
 namespace {
-
-bool is_planar(const Tensor& map) { return !(map.stride(1) == 1 && map.stride(3) > 1); }
-
-// The map, or a copy where its lines are not contiguous: sliced pixels, the other layout, expanded gradients.
-Tensor with_lines(const Tensor& map, bool planar) {
-  const int64_t unit = planar ? 1 : map.size(1);
-  const bool pixels = map.size(3) == 1 || map.stride(3) == unit;
-  if (pixels && (planar || map.stride(1) == 1)) return map;
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(map, planar ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
-}
 
 // One line per plane where nothing is resampled and all maps have dense planes.
 void join_rows(BatchNormSumParams& p) {
@@ -246,24 +234,6 @@ std::vector<Tensor> backward_terms(const Tensor& grad_sum, std::vector<Tensor> g
   return grads;
 }
 
-std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
-  const Operator op("channel_statistics", input);
-  ChannelStatisticsParams p;
-  p.planar = is_planar(input);
-  const Tensor map = with_lines(input, p.planar);
-  p.dtype = op.dtype;
-  p.batch = op.batch;
-  p.channels = op.channels;
-  p.height = op.height;
-  p.width = op.width;
-  p.input = view(map);
-  const Tensor mean = op.new_statistics({op.channels}), var = op.new_statistics({op.channels});
-  p.mean = mean.data_ptr();
-  p.var = var.data_ptr();
-  chosen_kernels().channel_statistics(op.call(op.height * op.width), p);
-  return {mean, var};
-}
-
 }  // namespace
 }  // namespace gsto::cpu
 
@@ -271,5 +241,4 @@ STABLE_TORCH_LIBRARY_IMPL(gsto_ops, CPU, m) {
   m.impl("batch_norm_sum", TORCH_BOX(&gsto::cpu::forward));
   m.impl("batch_norm_sum_backward", TORCH_BOX(&gsto::cpu::backward));
   m.impl("batch_norm_sum_backward_terms", TORCH_BOX(&gsto::cpu::backward_terms));
-  m.impl("channel_statistics", TORCH_BOX(&gsto::cpu::statistics));
 }

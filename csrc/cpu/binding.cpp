@@ -117,4 +117,14 @@ Call ResamplingTables::backward() {
   return call;
 }
 
+bool is_planar(const Tensor& map) { return !(map.stride(1) == 1 && map.stride(3) > 1); }
+
+Tensor with_lines(const Tensor& map, bool planar) {
+  const int64_t unit = planar ? 1 : map.size(1);
+  const bool pixels = map.size(3) == 1 || map.stride(3) == unit;
+  if (pixels && (planar || map.stride(1) == 1)) return map;
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(map, planar ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
+}
+
 }  // namespace gsto::cpu

@@ -11,6 +11,11 @@ namespace gsto::cpu {
 TensorView view(const Tensor& tensor);
 TensorView view(const OptionalTensor& tensor);
 
+// Lines of maps (cpu/lines.h): whether they are rows of planes, which is so for all but channels_last; and the map, or
+// a copy where its lines are not contiguous: sliced pixels, the other layout, expanded gradients.
+bool is_planar(const Tensor& map);
+Tensor with_lines(const Tensor& map, bool planar);
+
 // One call of an operator: its name, its input, and what follows from the input.
 class Operator {
  public:

@@ -15,6 +15,7 @@
 #include "cpu/gated_pyramid_pool_kernel.h"
 #include "cpu/lines.h"
 #include "cpu/batch_norm_sum_kernel.h"
+#include "cpu/channel_statistics_kernel.h"
 #include "cpu/gated_split_kernel.h"
 #include "cpu/upsample_cross_entropy_kernel.h"
 

@@ -154,7 +154,7 @@ struct BatchNormSumParams {
 
   TensorView grad_output;   // backward only, as the rest
   TensorView grad_sum;      // written by backward where there is a ReLU; read by backward_terms
-  void* sums = nullptr;     // (1 + terms, C), or (1, C) without norms, of the accumulate type; see reference.py
+  void* sums = nullptr;     // (1 + terms, C), without norms (1, C), of the accumulate type
   int64_t sums_row = 0;     // of the one term that backward_terms takes
   bool statistics = false;  // whether backward_terms includes what flows through the statistics
 };
