@@ -124,7 +124,8 @@ class CocoData(TrainingData):
         """Open and check the data sets: bad files stop here, before the first step, in every process alike."""
         self.evaluated_boxes = "gt" if stage == "fit" or self.boxes == "ground_truth" else "det"
         super().setup(stage)
-        if stage == "fit" and self.boxes == "detector" and self.detections_file("val").is_file():
+        expected = self.splits["val"].detections is not None or self.detections_file("val").is_file()
+        if stage == "fit" and self.boxes == "detector" and expected:
             self.read_detections("val", self.val_annotations)  # for the evaluation after the run
         if stage == "test":
             self.test_set = self.make_test_set()

@@ -83,7 +83,7 @@ def test_traps_in_annotations(write_coco):
         outside["bbox"] = [130, 10, 50, 50]
         good["bbox"] = [-10, 20, 1000, 1000]
 
-    data = open_data(write_coco(7, change, images=3), "fit")
+    data = open_data(write_coco(7, change, images=3), "fit", boxes="ground_truth")
     assert data.val_annotations.skipped == {"crowd": 1, "area 0": 2, "no keypoints": 1, "box outside the image": 1}
     assert [person.box for person in data.train_set.people] == [(10, 10, 79, 79), (0, 20, 127, 75)]
     assert len(data.val_annotations.records) == 7  # COCOeval itself leaves out crowds and persons without keypoints
@@ -156,14 +156,15 @@ def test_bad_detections_are_named_before_training(write_coco, stage, content, me
 def test_missing_files_are_named(write_coco, tmp_path):
     with pytest.raises(DataError, match=r"person_keypoints_train2017.json: cannot be read: No such file"):
         CocoData(str(tmp_path)).setup("fit")
-    with pytest.raises(DataError, match=r"boxes.json: cannot be read"):
-        open_data(write_coco(), "validate")
+    for stage in ("fit", "validate"):
+        with pytest.raises(DataError, match=r"boxes.json: cannot be read"):
+            open_data(write_coco(), stage)
     with pytest.raises(DataError, match=r"gsto predict needs --data.images FOLDER"):
         open_data(tmp_path, "predict")
 
 
 def test_an_image_of_another_size_than_annotated(write_coco):
-    data = open_data(write_coco(change=lambda c: c["images"][1].update(width=200)), "fit")
+    data = open_data(write_coco(change=lambda c: c["images"][1].update(width=200)), "fit", boxes="ground_truth")
     assert data.val_set[0].name == "000000000000.jpg#0"
     with pytest.raises(DataError, match=r"000000000001.jpg: the image is 96x128 instead of 96x200"):
         data.val_set[1]
