@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,22 +55,27 @@ def test_damaged_newest_checkpoint_costs_one_interval(toy, trace, checkpoint, co
     assert whole == parts and checkpoint("parts")["global_step"] == 18
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files cannot grow beyond 4 KiB, which is how this process sees a disk that is full."""
+    """Files cannot grow beyond 4 KiB, which is how this process sees a disk that is full.
+
+    Not a fixture: pytest writes a test's result before it ends them, and its own output may be a file.
+    """
     resource = pytest.importorskip("resource", reason="limits of a process are Unix")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [2_000, 2_000_000])
-def test_full_disk_leaves_the_old_file(tmp_path, full_disk, size):
+def test_full_disk_leaves_the_old_file(tmp_path, size):
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, file)
     before = file.read_bytes()
-    with pytest.warns(UserWarning, match=r"last.ckpt could not be written .*File too large.* MiB free"):
+    with full_disk(), pytest.warns(UserWarning, match=r"last.ckpt could not be written .*File too large.* MiB free"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(size)}, file)
     assert os.listdir(tmp_path) == ["last.ckpt"] and file.read_bytes() == before
 
