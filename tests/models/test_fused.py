@@ -155,6 +155,10 @@ def train_once(module, inputs):
     return outputs
 
 
+def half(rank):
+    return [x[2 * rank : 2 * rank + 2] for x in branches()]
+
+
 def in_process(rank, folder, gate_form):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{gate_form}", rank=rank, world_size=2)
@@ -163,17 +167,25 @@ def in_process(rank, folder, gate_form):
     train_once(module, [x[share] for x in branches()])
     for parameter in module.parameters():  # DistributedDataParallel refuses SyncBatchNorm on CPUs
         dist.all_reduce(parameter.grad)
+    alone = multi_branch(gate_form).double()  # norms of its own batch, gradients by DistributedDataParallel
+    train_once(nn.parallel.DistributedDataParallel(alone), half(rank))
     if rank == 0:
-        grads = {name: p.grad for name, p in module.named_parameters()}
-        torch.save((grads, dict(module.named_buffers())), f"{folder}/result")
+        grads, averaged = ({name: p.grad for name, p in m.named_parameters()} for m in (module, alone))
+        torch.save((grads, dict(module.named_buffers()), averaged), f"{folder}/result")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("gate_form", ["paper", "released"])
-def test_two_processes_with_synchronised_norms_are_one_with_both_batches(gate_form, tmp_path):
+def test_two_processes(gate_form, tmp_path):
+    """With synchronised norms they are one process with both batches; without, they have the mean of their gradients."""
     mp.spawn(in_process, (str(tmp_path), gate_form), nprocs=2)
-    grads, buffers = torch.load(tmp_path / "result")
+    grads, buffers, averaged = torch.load(tmp_path / "result")
+    halves = [multi_branch(gate_form).double() for _ in range(2)]
+    for rank, module in enumerate(halves):
+        train_once(module, half(rank))
+    for (name, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
+        torch.testing.assert_close(averaged[name], (a.grad + b.grad) / 2, rtol=1e-9, atol=1e-9, msg=name)
     module = multi_branch(gate_form).double()
     train_once(module, branches())
     largest = max(float(p.grad.norm()) for p in module.parameters())
