@@ -1,13 +1,15 @@
 // K gates and K pooled maps from one reading of x, and their backward: see Pyramid, PyramidParams.
 // Traffic, forward: x once from DRAM (a second time from L1/L2, step_pixels at a time), K gates, and the tiles' sums, K
-// C floats per tile, written and read. Backward: x K + 1 times, once of them from DRAM, and dx; the gradients of the
-// pooled maps stay in L2.
+// C floats per tile, written and read. Backward: x twice per four levels, the first time from DRAM and then from L2 (64
+// pixels of 2048 bfloat16 channels are 256 KiB), and dx once; the gradients of the pooled maps stay in L2.
 #include "cuda/tile.h"
 
 namespace gsto::cuda {
 namespace {
 
 constexpr int kGates = 4;  // levels per reading of x
+
+GSTO_HOST_DEVICE int padded_levels(int levels) { return (levels + kGates - 1) / kGates * kGates; }
 
 struct PyramidTile {
   int64_t image;
@@ -194,16 +196,18 @@ struct Bins {
 };
 
 template <class T, bool kLast>
-GSTO_KERNEL(kThreads, 4)
+GSTO_KERNEL(kThreads, kResident)
 pyramid_backward(const PyramidBackwardParams p) {
   const int tid = static_cast<int>(threadIdx.x), levels = p.pyramid.levels;
+  const int padded = padded_levels(levels);
   float* scratch = reinterpret_cast<float*>(shared_memory());
-  float* dots = scratch + 4 * kTilePixels;
-  float* gates = dots + kTilePixels;
+  float* dots = scratch + kGates * 4 * kTilePixels;
+  float* gates = dots + kGates * kTilePixels;
   float* dlogits = gates + levels * kTilePixels;
-  float* totals = dlogits + levels * kTilePixels;  // (levels, C), then (levels,)
-  Bins* bins = reinterpret_cast<Bins*>(totals + levels * (p.channels + 1));
-  for (int i = tid; i < levels * (p.channels + 1); i += kThreads) totals[i] = 0;
+  float* totals = dlogits + levels * kTilePixels;  // (padded levels, C)
+  float* bias_totals = totals + padded * p.channels;
+  Bins* bins = reinterpret_cast<Bins*>(bias_totals + levels);
+  for (int i = tid; i < padded * p.channels + levels; i += kThreads) totals[i] = 0;
 
   const T* input = static_cast<const T*>(p.input);
   T* grad_input = static_cast<T*>(p.grad_input);
@@ -252,8 +256,8 @@ pyramid_backward(const PyramidBackwardParams p) {
       return count > 0;
     };
 
-    for (int level = 0; level < levels; ++level) {
-      sum_channels<T, kLast, 1, kVector<T>>(
+    for (int level0 = 0; level0 < levels; level0 += kGates) {
+      sum_channels<T, kLast, kGates, kVector<T>>(
           p.channels, scratch, dots,
           [&](int pixel, int channel) {
             int count;
@@ -263,64 +267,77 @@ pyramid_backward(const PyramidBackwardParams p) {
           [&](int pixel, int channel, const Vec16& loaded, auto& sums) {
             const int count = unit_count<T, kLast>(tile, p.channels, pixel, channel);
             if (count == 0) return;
-            float x[kVector<T>], du[kVector<T>];
+            float x[kVector<T>];
             unpack<T>(loaded, x);
-            add_du(level, pixel, channel, count, du);
 #pragma unroll
-            for (int j = 0; j < kVector<T>; ++j)
-              if (j < count) sums[0][kLast ? 0 : j] += x[j] * du[j];
+            for (int g = 0; g < kGates; ++g) {
+              if (level0 + g >= levels) continue;
+              float du[kVector<T>];
+              add_du(level0 + g, pixel, channel, count, du);
+#pragma unroll
+              for (int j = 0; j < kVector<T>; ++j)
+                if (j < count) sums[g][kLast ? 0 : j] += x[j] * du[j];
+            }
           });
-      if (tid < kTilePixels) {
+      for (int i = tid; i < kGates * kTilePixels; i += kThreads) {
+        const int level = level0 + i / kTilePixels, pixel = i % kTilePixels;
+        if (level >= levels) continue;
         float gate = 0, dlogit = 0;
-        if (tile.valid(tid, 1) != 0) {
-          const int64_t at = (tile.image * levels + level) * pixels + tile.index(tid);
+        if (tile.valid(pixel, 1) != 0) {
+          const int64_t at = (tile.image * levels + level) * pixels + tile.index(pixel);
           gate = load_scalar<T>(p.gate, at);
-          dlogit = (dots[tid] + (p.grad_gate != nullptr ? load_scalar<T>(p.grad_gate, at) : 0.f)) * gate * (1.f - gate);
+          dlogit = (dots[i] + (p.grad_gate != nullptr ? load_scalar<T>(p.grad_gate, at) : 0.f)) * gate * (1.f - gate);
         }
-        gates[level * kTilePixels + tid] = gate;
-        dlogits[level * kTilePixels + tid] = dlogit;
+        gates[level * kTilePixels + pixel] = gate;
+        dlogits[level * kTilePixels + pixel] = dlogit;
       }
       sync_threads();
-      if (tid < 32) {
-        float sum = dlogits[level * kTilePixels + tid] + dlogits[level * kTilePixels + tid + 32];
-        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        if (tid == 0) totals[levels * p.channels + level] += sum;
-      }
-      walk_units<T, kLast, 1>(
-          0, p.channels, scratch, totals + level * p.channels, 0, [&](int pixel, int channel, auto& sums) {
+      static_assert(kThreads == 32 * kGates, "a warp per level");
+      const int lane = tid % 32, level = level0 + tid / 32;
+      float sum = 0;
+      if (level < levels) sum = dlogits[level * kTilePixels + lane] + dlogits[level * kTilePixels + lane + 32];
+      for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (level < levels && lane == 0) bias_totals[level] += sum;
+      sync_threads();
+    }
+    // The second reading of x: the sums of four levels, and with the first four dx, which needs all levels.
+    for (int level0 = 0; level0 < levels; level0 += kGates) {
+      walk_units<T, kLast, kGates>(
+          0, p.channels, scratch, totals + level0 * p.channels, p.channels, [&](int pixel, int channel, auto& sums) {
             int count;
             int64_t offset;
             if (!unit_at(pixel, channel, count, offset)) return;
             float x[kVector<T>];
             load_unit(input + offset, count, whole, x);
 #pragma unroll
-            for (int j = 0; j < kVector<T>; ++j)
-              if (j < count) sums[0][kLast ? j : 0] += dlogits[level * kTilePixels + pixel + (kLast ? 0 : j)] * x[j];
-          });
-      sync_threads();
-    }
-    walk_units<T, kLast, 0>(0, p.channels, nullptr, nullptr, 0, [&](int pixel, int channel, auto&) {
-      int count;
-      int64_t offset;
-      if (!unit_at(pixel, channel, count, offset)) return;
-      float dx[kVector<T>] = {};
-      for (int level = 0; level < levels; ++level) {
-        float du[kVector<T>];
-        add_du(level, pixel, channel, count, du);
+            for (int g = 0; g < kGates; ++g) {
+              if (level0 + g >= levels) continue;
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) {
-          if (j >= count) continue;
-          const int at = level * kTilePixels + pixel + (kLast ? 0 : j);
-          const int64_t c = static_cast<int64_t>(level) * p.channels + channel + (kLast ? j : 0);
-          dx[j] += gates[at] * du[j] + load_scalar<T>(p.gate_weight, c) * dlogits[at];
-        }
-      }
-      store_unit(grad_input + offset, count, whole, dx);
-    });
+              for (int j = 0; j < kVector<T>; ++j)
+                if (j < count)
+                  sums[g][kLast ? j : 0] += dlogits[(level0 + g) * kTilePixels + pixel + (kLast ? 0 : j)] * x[j];
+            }
+            if (level0 > 0) return;
+            float dx[kVector<T>] = {};
+            for (int level = 0; level < levels; ++level) {
+              float du[kVector<T>];
+              add_du(level, pixel, channel, count, du);
+#pragma unroll
+              for (int j = 0; j < kVector<T>; ++j) {
+                if (j >= count) continue;
+                const int at = level * kTilePixels + pixel + (kLast ? 0 : j);
+                const int64_t c = static_cast<int64_t>(level) * p.channels + channel + (kLast ? j : 0);
+                dx[j] += gates[at] * du[j] + load_scalar<T>(p.gate_weight, c) * dlogits[at];
+              }
+            }
+            store_unit(grad_input + offset, count, whole, dx);
+          });
+    }
   }
   sync_threads();
-  for (int i = tid; i < levels * (p.channels + 1); i += kThreads)
-    p.sums[static_cast<int64_t>(blockIdx.x) * levels * (p.channels + 1) + i] = totals[i];
+  float* sums = p.sums + static_cast<int64_t>(blockIdx.x) * levels * (p.channels + 1);
+  for (int i = tid; i < levels * p.channels; i += kThreads) sums[i] = totals[i];
+  if (tid < levels) sums[levels * p.channels + tid] = bias_totals[tid];
 }
 
 template <class P>
@@ -345,7 +362,8 @@ cudaError_t launch_pyramid(const PyramidParams& params, cudaStream_t stream) {
 
 cudaError_t launch_pyramid_backward(const PyramidBackwardParams& params, cudaStream_t stream) {
   const size_t levels = static_cast<size_t>(params.pyramid.levels);
-  const size_t words = 5 * kTilePixels + levels * (2 * kTilePixels + static_cast<size_t>(params.channels) + 1);
+  const size_t words = 5 * kGates * kTilePixels + levels * (2 * kTilePixels + 1) +
+                       static_cast<size_t>(padded_levels(params.pyramid.levels)) * params.channels;
   const size_t bytes = words * sizeof(float) + levels * kTilePixels * sizeof(Bins);
   return dispatch(params.format, [&](auto type, auto last) {
     using T = decltype(type);
