@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .kernels.gpu import captured
 from .traffic import VARIANTS, Variant
 
 TRUNKS = ("w18_small_v2", "w18", "w32", "w48")
@@ -76,20 +77,6 @@ class Bench:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A replay of the CUDA graph of one call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def milliseconds(step: Callable[[], None], device: torch.device) -> float:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .launch import images_per_chunk, new_map
 from .product import gates
-from .pyramid import pool, pyramid_backward, windows_of
+from .pyramid import pool, windows_of
+from .pyramid_backward import pyramid_backward
 
 
 def forward(input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, bins: Sequence[int]) -> tuple[Tensor, Tensor]:

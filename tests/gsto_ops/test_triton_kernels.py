@@ -348,13 +348,13 @@ def sweep_any_strides(ops, last):
 @layouts
 def sweep_wide_offsets(ops, monkeypatch, last):
     """With 64-bit offsets inside images, to the bit the same."""
-    from gsto_ops.triton import gate, product, pyramid, resample
+    from gsto_ops.triton import gate, product, pyramid, pyramid_backward, resample
 
     x = layout(torch.randn(1, 18, 6, 5), last)
     operands = (x, torch.randn(1, 18, 1, 1), torch.randn(24, 18, 1, 1), torch.randn(1, 24, 3, 4))
     operands = (*operands, torch.randn(1, 24, 6, 5), torch.randn(2, 18, 1, 1))
     narrow = _call_everything(ops, *operands)
-    for module in (gate, product, pyramid, resample):
+    for module in (gate, product, pyramid, pyramid_backward, resample):
         monkeypatch.setattr(module, "is_wide", lambda *maps: True)
     for a, b in zip(_call_everything(ops, *operands), narrow, strict=True):
         assert torch.equal(a, b)
