@@ -141,7 +141,7 @@ def gated_fusion(
         (outputs, gates): maps (N, C_i, H_i, W_i); the gates (N, 1, H_j, W_j), indexed [target][source], detached; no gates: [].
 
     Raises:
-        ValueError, TypeError: as :func:`gated_split` and :func:`norm_sum`.
+        ValueError, TypeError: as :func:`gated_split` and :func:`norm_sum`; gates of one branch in both modes.
     """
     targets = range(len(transfers))
     leaving = [_leave(x, j, transfers, gates) for j, x in enumerate(inputs)]
@@ -231,6 +231,10 @@ def _gate_operands(x: Tensor, gates: Sequence[Any]) -> tuple[Tensor, Tensor | No
     if len(gates[0]) == 1:
         return weight, bias, None
     norms = [layers[1] for layers in gates]
+    if len({uses_batch_statistics(norm) for norm in norms}) > 1:
+        raise ValueError(
+            "gates: the batch norms of a branch's gates must all be in training mode or all in eval mode, got both"
+        )
     dtype = torch.promote_types(weight.dtype, torch.float32)
     mean, var = _logit_statistics(x, weight, norms, dtype)
     invstd = torch.cat([(v + norm.eps).rsqrt() for v, norm in zip(var.split(1), norms, strict=True)])

@@ -1,7 +1,7 @@
 """Batch norm, upsampling, sum and ReLU in one pass: ``norm_sum``, the operator ``batch_norm_sum`` with modules for its norms."""
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,11 +52,16 @@ def norm_sum(
     checks.check_mode(mode, align_corners)
     act = checks.check_activation(activation)
     operators = _operators(first)
-    if operators is None or not _fusible(norms):
+    kind = _kind(norms[0])
+    if operators is None or kind is None or any(_kind(norm) != kind for norm in norms[1:]):
         return _plain_norm_sum(input, terms, norms, gate, act, mode, align_corners)
     if input is not None and input.dtype != terms[0].dtype:
         input = input.to(terms[0].dtype)  # the first block under autocast: the image's dtype meets a convolution's
-    arguments = _norm_arguments(terms, norms, statistics or [None] * len(terms), operators)
+    arguments: tuple[Any, ...] = ([], [], [], [], [], False, None, None)
+    if kind is not nn.Identity:
+        batch_norms, (training, group) = cast(Sequence[nn.BatchNorm2d], norms), kind
+        known = statistics or [None] * len(terms)
+        arguments = _norm_arguments(terms, batch_norms, known, training, group, operators)
     return operators.batch_norm_sum(input, gate, list(terms), *arguments, act, mode, align_corners)
 
 
@@ -83,14 +88,13 @@ def _check_maps(
     return first
 
 
-def _fusible(norms: Sequence[nn.Module]) -> bool:
-    if all(type(norm) is nn.Identity for norm in norms):
-        return True
-    return all(map(_is_batch_norm, norms)) and len({uses_batch_statistics(norm) for norm in norms}) == 1
-
-
-def _is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.weight is not None and norm.bias is not None
+def _kind(norm: nn.Module) -> Any:
+    """What norms that one operator takes together must have in common; None: this one runs by itself."""
+    if type(norm) is nn.Identity:
+        return nn.Identity
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.weight is None or norm.bias is None:
+        return None
+    return uses_batch_statistics(norm), process_group(norm)
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
@@ -98,23 +102,24 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
 
 
 def _norm_arguments(
-    terms: Sequence[Tensor], norms: Sequence[nn.Module], statistics: Sequence[Statistics | None], operators: Any
+    terms: Sequence[Tensor],
+    norms: Sequence[nn.BatchNorm2d],
+    statistics: Sequence[Statistics | None],
+    training: bool,
+    group: Any,
+    operators: Any,
 ) -> tuple[Any, ...]:
     """mean, var, weight, bias, eps, training, counts and group of ``batch_norm_sum``."""
-    batch_norms = [norm for norm in norms if _is_batch_norm(norm)]
-    if not batch_norms:
-        return [], [], [], [], [], False, None, None
     dtype = reference.statistics_dtype(terms[0])
-    weight, bias = ([getattr(norm, name).to(dtype) for norm in batch_norms] for name in ("weight", "bias"))
-    eps = [norm.eps for norm in batch_norms]
-    if not uses_batch_statistics(batch_norms[0]):
-        mean, var = ([getattr(norm, f"running_{name}").to(dtype) for norm in batch_norms] for name in ("mean", "var"))
+    weight, bias = [norm.weight.to(dtype) for norm in norms], [norm.bias.to(dtype) for norm in norms]
+    eps = [norm.eps for norm in norms]
+    if not training:
+        mean, var = ([getattr(norm, f"running_{name}").to(dtype) for norm in norms] for name in ("mean", "var"))
         return mean, var, weight, bias, eps, False, None, None
     with torch.no_grad():
         known = [operators.channel_statistics(t) if s is None else s for t, s in zip(terms, statistics, strict=True)]
         mean, var = [m for m, _ in known], [v for _, v in known]
         pixels: list[Any] = [term.shape[0] * term.shape[2] * term.shape[3] for term in terms]
-        group = process_group(batch_norms[0])
         counts = None
         if group is not None:
             mean, var, counts = over_processes(mean, var, pixels, group)
@@ -123,7 +128,7 @@ def _norm_arguments(
             raise ValueError(
                 f"batch norm in training mode needs more than one value per channel, got {[tuple(t.shape) for t in terms]}"
             )
-        update_running_statistics(batch_norms, mean, var, pixels)
+        update_running_statistics(norms, mean, var, pixels)
     return mean, var, weight, bias, eps, True, counts, None if group is None else group.group_name
 
 

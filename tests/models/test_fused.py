@@ -293,6 +293,20 @@ def test_other_norms_run_by_themselves():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_norms_in_both_modes():
+    """A frozen norm among others runs by itself; among the gates of one branch it is an error."""
+    module = multi_branch("released").double()
+    module.fuse_layers[0][1][1].eval()
+    twin = copy.deepcopy(module)
+    set_fused(twin, False)
+    for a, b in zip(module(branches()), twin(branches()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dict(module.named_buffers()), dict(twin.named_buffers()), rtol=1e-10, atol=1e-12)
+    module.att_layers[0][1][1].eval()
+    with pytest.raises(ValueError, match="must all be in training mode or all in eval mode, got both"):
+        module(branches())
+
+
 def test_errors_name_what_was_given():
     x = torch.randn(2, 3, 4, 4)
     norm = nn.BatchNorm2d(3)
