@@ -28,7 +28,7 @@ gpu:
 	$(GPU_PYTHON) -m pytest -m gpu
 	$(GPU_PYTHON) -m gsto_benchmarks.kernels.gpu
 	$(GPU_PYTHON) -m gsto_benchmarks bench step
-	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024 2048
+	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024x2048
 
 # The GPU sweep under compute-sanitizer; slow, so on one shape.
 gpu-sanitize:

@@ -27,7 +27,7 @@ COMMANDS = {
     "visualize": "show what networks compute on images: branches, gates, class maps, predictions",
     "convert": "rewrite a weight file: published layouts, in-place ABN, safetensors",
     "export": "write a network as ONNX or as a torch.export program, checked against the network itself",
-    "bench": "measure networks: gsto bench step | infer | traffic",
+    "bench": "measure operators, networks and data loading: gsto bench WHAT",
     "info": "what is built, what will run here, and why",
 }
 
@@ -79,7 +79,9 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
 
         run(argv[1:], COMMANDS["visualize"])
     elif command == "bench":
-        _bench(argv[1:])
+        from .bench.command import run
+
+        return run(argv[1:])
     elif command == "compare":
         from .training.compare import run
 
@@ -97,34 +99,6 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
 
         run_cli(resolve_config_names(argv))
     return 0
-
-
-BENCHES = {
-    "step": "time a training step of a network with gates against the network without them",
-    "infer": "the same for inference",
-    "traffic": "count the bytes that a training step reads and writes, part by part; nothing is computed",
-}
-
-
-def _bench(argv: list[str]) -> None:
-    what = argv[0] if argv else ""
-    if what in ("-h", "--help"):
-        print(
-            "\n".join(
-                ["usage: gsto bench WHAT [options]", "", *(f"  {name:<10}{text}" for name, text in BENCHES.items())]
-            )
-        )
-        return
-    if what not in BENCHES:
-        raise UsageError(f"bench needs one of {', '.join(BENCHES)}, got {what!r}")
-    if what == "traffic":
-        from .traffic import run as run_traffic
-
-        run_traffic(argv[1:], BENCHES[what])
-    else:
-        from .step import run as run_step
-
-        run_step(argv[1:], training=what == "step", description=BENCHES[what])
 
 
 def shipped_configs() -> dict[str, Path]:

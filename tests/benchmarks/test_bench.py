@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gsto_benchmarks.bench.traffic import VARIANTS, Traffic, step_traffic
 from gsto_benchmarks.cli import main
-from gsto_benchmarks.traffic import VARIANTS, Traffic, step_traffic
 
 
 def counted(function):
@@ -64,7 +64,7 @@ def test_fused_step_moves_less_than_the_plain_network_without_gates():
 
 @pytest.mark.parametrize("what", ["step", "infer"])
 def test_step_and_inference(what, tmp_path, capsys):
-    command = ["bench", what, "--batch", "1", "--size", "32", "64", "--rounds", "1", "--out", str(tmp_path)]
+    command = ["bench", what, "--batch", "1", "--size", "32x64", "--rounds", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     rows = json.loads((tmp_path / f"{what}-w18_small_v2.json").read_text())["rows"]
     assert [row["network"] for row in rows][:1] == ["HRNetV2, plain"] and rows[0]["ratio"] == 1.0
@@ -73,7 +73,7 @@ def test_step_and_inference(what, tmp_path, capsys):
 
 
 def test_traffic_command(capsys):
-    assert main(["bench", "traffic", "--trunk", "w18_small_v2", "--batch", "1", "--size", "64", "64"]) == 0
+    assert main(["bench", "traffic", "--trunk", "w18_small_v2", "--batch", "1", "--size", "64x64"]) == 0
     assert "GSTO-HRNet, fused" in capsys.readouterr().out
 
 

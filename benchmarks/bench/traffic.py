@@ -28,6 +28,8 @@ from torch.utils.module_tracker import ModuleTracker
 import gsto_models
 import gsto_ops
 
+from .options import at_least, parse_size
+
 H200_BYTES_PER_SECOND = 4.249e12  # copy bandwidth, reads and writes counted
 PARTS = ("stem, stage 1", "branches", "fusion", "transitions", "head", "loss")
 
@@ -63,9 +65,10 @@ VARIANTS = (
 
 
 class Traffic(TorchDispatchMode):
-    """Counts bytes by part and direction ("forward" or "backward") while it is active; ``part_of`` maps modules' names to parts.
+    """Counts bytes, and operators that move any, by part and direction ("forward" or "backward") while it is active.
 
-    An operator of the backward pass belongs to the part in whose forward pass its autograd node was made: nodes are numbered.
+    ``part_of`` maps the names of the modules that run to a part. An operator of the backward pass belongs to the part in whose
+    forward pass its autograd node was made: nodes are numbered.
     """
 
     def __init__(self, part_of: Callable[[Iterable[str]], str]) -> None:
@@ -73,6 +76,7 @@ class Traffic(TorchDispatchMode):
         self.part_of = part_of
         self.tracker = ModuleTracker()
         self.bytes: dict[tuple[str, str], int] = defaultdict(int)
+        self.calls: dict[tuple[str, str], int] = defaultdict(int)  # of operators that move any
         self.part_of_node: dict[int, str] = {}
 
     def __enter__(self) -> Traffic:
@@ -92,7 +96,9 @@ class Traffic(TorchDispatchMode):
         else:
             part, direction = self.part_of_node.get(node._sequence_nr(), "loss"), "backward"
         output = func(*args, **(kwargs or {}))
-        self.bytes[part, direction] += moved_bytes(func, (args, kwargs or {}), output)
+        moved = moved_bytes(func, (args, kwargs or {}), output)
+        self.bytes[part, direction] += moved
+        self.calls[part, direction] += moved > 0
         return output
 
 
@@ -174,16 +180,15 @@ def traffic_table(trunk: str, batch: int, size: tuple[int, int]) -> Table:
     return table
 
 
-def run(argv: Sequence[str], description: str) -> None:
-    """The command."""
+def run(argv: Sequence[str], description: str) -> int:
+    """``gsto bench traffic``."""
     parser = argparse.ArgumentParser(prog="gsto bench traffic", description=description, allow_abbrev=False)
     parser.add_argument(
         "--trunk", default="w48", choices=["w18_small_v2", "w18", "w32", "w48"], help="default: %(default)s"
     )
     parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("H", "W"), help="default: 512 1024")
+    parser.add_argument("--size", default="512x1024", metavar="HxW", help="default: %(default)s")
     options = parser.parse_args(argv)
-    for name, value, low in (("batch", options.batch, 1), ("size", min(options.size), 32)):
-        if value < low:
-            parser.error(f"argument --{name}: must be at least {low}, got {value}")
-    Console(width=120).print(traffic_table(options.trunk, options.batch, tuple(options.size)))
+    at_least(1, batch=options.batch)
+    Console(width=120).print(traffic_table(options.trunk, options.batch, parse_size(options.size)))
+    return 0

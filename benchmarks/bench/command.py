@@ -1,0 +1,36 @@
+"""The commands of ``gsto bench``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from ..errors import UsageError
+
+# name -> (module, its function (argv, description) -> exit status, description)
+BENCHES = {
+    "step": ("step", "run", "time a training step of a network with gates against the network without them"),
+    "infer": ("step", "run_inference", "the same for inference"),
+    "traffic": (
+        "traffic",
+        "run",
+        "count the bytes that a training step reads and writes, part by part; nothing is computed",
+    ),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one of them; returns the exit status.
+
+    Raises:
+        UsageError: no such benchmark, or options that it does not take.
+    """
+    what = argv[0] if argv else ""
+    if what in ("-h", "--help"):
+        lines = [f"  {name:<10}{description}" for name, (*_, description) in BENCHES.items()]
+        print("\n".join(["usage: gsto bench WHAT [options]      (gsto bench WHAT --help tells more)", "", *lines]))
+        return 0
+    if what not in BENCHES:
+        raise UsageError(f"bench needs one of {', '.join(BENCHES)}, got {what!r}")
+    module, function, description = BENCHES[what]
+    return getattr(importlib.import_module(f"{__package__}.{module}"), function)(argv[1:], description)
