@@ -16,6 +16,7 @@ BENCHES = {
         "run",
         "count the bytes that a training step reads and writes, part by part; nothing is computed",
     ),
+    "compare": ("compare", "run", "two results or two git revisions, row by row; status 1 where a row became slower"),
 }
 
 
