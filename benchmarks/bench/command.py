@@ -11,6 +11,11 @@ from ..errors import UsageError
 BENCHES = {
     "step": ("step", "run", "time a training step of a network with gates against the network without them"),
     "infer": ("step", "run_inference", "the same for inference"),
+    "scaling": (
+        "scaling",
+        "run",
+        "a training step's cost over batch, resolution, width and GPUs, with fitted exponents",
+    ),
     "traffic": (
         "traffic",
         "run",

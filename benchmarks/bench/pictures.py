@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .report import Row
 
@@ -77,6 +78,11 @@ def slopes(rows: Sequence[Row], axis: str, series: str, value: str, title: str) 
         label = f"{kind}: {axis} ** {slope(sizes, values):.2f}" if len(points) > 1 else kind
         axes.plot(sizes, values, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=value, title=title)
-    axes.grid(alpha=0.3, which="both")
+    sizes = sorted({float(row[axis]) for row in rows})
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,6 +186,7 @@ def count_kernels(bench: Bench) -> float:
 
 def peak_bytes(bench: Bench, step: Callable[[], object]) -> int:
     """What the network and its optimizer hold, and the most that a run takes on top of that."""
+    bench.optimizer.zero_grad(set_to_none=True)
     held = bench.held_bytes()
     if bench.images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -285,7 +285,6 @@ def run_inference(argv: Sequence[str], description: str) -> int:
 
 
 def _run(argv: Sequence[str], description: str, training: bool) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops
     cuda = torch.cuda.is_available()
     name = "step" if training else "infer"
     parser = argparse.ArgumentParser(prog=f"gsto bench {name}", description=description, allow_abbrev=False)
