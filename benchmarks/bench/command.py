@@ -21,6 +21,8 @@ BENCHES = {
         "run",
         "count the bytes that a training step reads and writes, part by part; nothing is computed",
     ),
+    "loading": ("loading", "run", "images per second that one core decodes and augments, and a loader delivers"),
+    "feed": ("feed", "run", "train some steps of a configuration: how long does it wait for its images?"),
     "compare": ("compare", "run", "two results or two git revisions, row by row; status 1 where a row became slower"),
 }
 

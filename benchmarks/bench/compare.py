@@ -26,7 +26,7 @@ from ..errors import TrainingError, UsageError
 from .report import Row, describe, identity, read
 
 SOURCE = Path(__file__).resolve().parents[2]
-MEASURED = ("ops", "step", "infer", "scaling", "loading")  # what writes one result
+MEASURED = ("ops", "step", "infer", "scaling", "loading", "feed")  # what writes one result
 TURNS = 2  # of the revisions: what drifts on the machine meets both
 
 
