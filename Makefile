@@ -26,7 +26,7 @@ gpu:
 	GSTO_BUILD_NATIVE=cuda $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m gsto_ops
 	$(GPU_PYTHON) -m pytest -m gpu
-	$(GPU_PYTHON) -m gsto_benchmarks.kernels.gpu
+	$(GPU_PYTHON) -m gsto_benchmarks bench ops --quick
 	$(GPU_PYTHON) -m gsto_benchmarks bench step
 	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024x2048
 

@@ -9,6 +9,7 @@ from ..errors import UsageError
 
 # name -> (module, its function (argv, description) -> exit status, description)
 BENCHES = {
+    "ops": ("ops", "run", "time every operator against its floor, eager PyTorch and torch.compile"),
     "step": ("step", "run", "time a training step of a network with gates against the network without them"),
     "infer": ("step", "run_inference", "the same for inference"),
     "scaling": (

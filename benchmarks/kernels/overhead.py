@@ -13,7 +13,8 @@ from torch import Tensor
 import gsto_ops
 
 from .cases import Case, Function, affine, projection, pyramid, training, transfer
-from .cpu import clock, errors, make_operands, results
+from .cpu import clock
+from .measure import error_of, exact_results, make_operands, results
 
 CALLS = 20  # per round: less than the scheduler's time slice
 CASES = [
@@ -39,13 +40,11 @@ def microseconds(function: Function, operands: list[Tensor], grads: list[Tensor]
 
 def measure(case: Case, device: str, backward: bool, rounds: int) -> tuple[float, float]:
     """The times of eager PyTorch and of ours in microseconds. RuntimeError where ours is wrong."""
-    operands = [
-        o.detach().to(device).requires_grad_() for o in make_operands(case, torch.float32, torch.contiguous_format)
-    ]
+    operands = make_operands(case, torch.float32, torch.contiguous_format, device)
     grads = [torch.randn_like(o) for o in case.eager(*operands)] if backward else None
-    error, _ = errors(case, operands, grads)
+    error = error_of(results(case.ours, operands, grads), exact_results(case, operands, grads))
     if error > 1e-5:
-        raise RuntimeError(f"{case.name}: error {error:.2g} against float64")
+        raise RuntimeError(f"{case}: error {error:.2g} against float64")
     for function in (case.eager, case.ours):
         microseconds(function, operands, grads)  # the first calls build what later ones use again
     times = [[microseconds(function, operands, grads) for function in (case.eager, case.ours)] for _ in range(rounds)]
@@ -66,7 +65,7 @@ def main() -> None:
     for case in CASES:
         times = [measure(case, arguments.device, backward, arguments.rounds) for backward in (False, True)]
         cells = [f"{eager:.1f} | {ours:.1f} | {eager / ours:.2f}" for eager, ours in times]
-        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
+        print(f"| {case} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

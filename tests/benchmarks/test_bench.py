@@ -80,7 +80,7 @@ def test_traffic_command(capsys):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["bench"], "bench needs one of step, infer, traffic, got ''"),
+        (["bench"], "bench needs one of ops, step, infer, traffic, got ''"),
         (["bench", "step", "--batch", "0"], "--batch must be at least 1, got 0"),
     ],
 )
