@@ -75,22 +75,31 @@ def choose_cases(only: str, quick: bool, batch: int) -> list[Case]:
     return [case.of_images(batch) for case in cases]
 
 
+def _heading(contestant: str, way: str) -> str:
+    return contestant if way == "plain" else f"{contestant} {way}"
+
+
+def _milliseconds(row: report.Row | None) -> str:
+    if row is None:
+        return "wrong"
+    return "disturbed" if math.isnan(float(row["ms"])) else report.cell(row["ms"])
+
+
 def as_table(rows: Sequence[report.Row], kernels: Sequence[str]) -> Table:
     """A line per case with the contestants' milliseconds side by side; ratios are of the fastest of the kernels."""
     runs = list(dict.fromkeys((str(row["contestant"]), str(row["way"])) for row in rows))
-    headings = [name if way == "plain" else f"{name} {way}" for name, way in runs]
+    headings = [_heading(*run).replace("-", " ") for run in runs]
     ratios = {"x_floor": "x floor", "x_eager": "x eager", "x_compile": "x compile"}
     ratios = {key: text for key, text in ratios.items() if any(not math.isnan(float(row[key])) for row in rows)}
-    table = Table(
-        "case", "", "floor", *headings, *ratios.values(), title=str(rows[0]["operator"]), title_justify="left"
-    )
+    table = Table(title=str(rows[0]["operator"]), title_justify="left")
+    for heading in ("case", "", "floor"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*headings, *ratios.values()):
+        table.add_column(heading)
     keys = ("case", "layout", "dtype", "pass")
     for case in dict.fromkeys(tuple(str(row[key]) for key in keys) for row in rows):
         lines = {(row["contestant"], row["way"]): row for row in rows if tuple(row[key] for key in keys) == case}
-        cells = []
-        for run in runs:
-            known = run in lines
-            cells.append("wrong" if not known else report.cell(lines[run]["ms"]).replace("-", "disturbed"))
+        cells = [_milliseconds(lines.get(run)) for run in runs]
         ours = [row for (name, _), row in lines.items() if name in kernels and not math.isnan(float(row["ms"]))]
         best = min(ours, key=lambda row: float(row["ms"]), default={})
         name, *details = (SHORT.get(text, text) for text in case)
@@ -111,11 +120,11 @@ def make_pictures(rows: Sequence[report.Row], device: Device) -> dict[str, Figur
         bars = []
         for row in chosen:
             if row["contestant"] in device.kernels and not math.isnan(float(row["x_eager"])):
-                series = f"{row['contestant']} {row['way']}, {SHORT.get(row['layout'], row['layout'])}, {row['pass']}"
-                bars.append({**row, "case": f"{row['operator']}: {row['case']}", "series": series})
+                what = _heading(str(row["contestant"]), str(row["way"]))
+                series = f"{what}, {SHORT.get(row['layout'], row['layout'])}, {row['pass']}"
+                bars.append({**row, "case": f"{row['operator']}\n{row['case']}", "series": series})
         if bars:
-            title = f"times of eager PyTorch over the kernels', {dtype}"
-            figures[f"x-eager-{dtype}"] = pictures.bars(bars, "case", "series", "x_eager", title)
+            figures[f"x-eager-{dtype}"] = pictures.bars(bars, "case", "series", "x_eager", f"x eager, {dtype}")
     return figures
 
 
