@@ -132,6 +132,6 @@ def verdict(row: report.Row) -> str:
         return f"{share:.1%} of the time is loading: data.num_workers is 0, so that a step waits while its images are loaded."
     need = max(workers + 1, math.ceil(workers * float(row["images_per_s_fed"]) / float(row["images_per_s"])))
     return (
-        f"Starved: {share:.1%} of the time is waiting for data. With {workers} workers the run gets {row['images_per_s']:.1f} images/s "
-        f"and could use {row['images_per_s_fed']:.1f}: try data.num_workers {need}, if there are as many cores."
+        f"Starved: {share:.1%} of the time is waiting for data. With {workers} workers the run gets {row['images_per_s']:.1f} of "
+        f"the {row['images_per_s_fed']:.1f} images/s that it could use: try data.num_workers {need}, if there are as many cores."
     )

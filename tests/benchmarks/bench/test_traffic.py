@@ -1,8 +1,5 @@
-"""gsto bench: traffic by shapes, training steps and inference."""
+"""gsto bench traffic: bytes by shapes."""
 
-import json
-
-import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,28 +59,6 @@ def test_fused_step_moves_less_than_the_plain_network_without_gates():
     assert all(part in {key[0] for key in totals[2]} for part in ("branches", "fusion", "transitions", "head", "loss"))
 
 
-@pytest.mark.parametrize("what", ["step", "infer"])
-def test_step_and_inference(what, tmp_path, capsys):
-    command = ["bench", what, "--batch", "1", "--size", "32x64", "--rounds", "1", "--out", str(tmp_path)]
-    assert main(command) == 0
-    rows = json.loads((tmp_path / f"{what}-w18_small_v2.json").read_text())["rows"]
-    assert [row["network"] for row in rows][:1] == ["HRNetV2, plain"] and rows[0]["ratio"] == 1.0
-    assert all(row["ms"] > 0 for row in rows)
-    assert "Checked before" in capsys.readouterr().out
-
-
 def test_traffic_command(capsys):
     assert main(["bench", "traffic", "--trunk", "w18_small_v2", "--batch", "1", "--size", "64x64"]) == 0
     assert "GSTO-HRNet, fused" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        (["bench"], "bench needs one of ops, step, infer, traffic, got ''"),
-        (["bench", "step", "--batch", "0"], "--batch must be at least 1, got 0"),
-    ],
-)
-def test_wrong_use_is_named(command, message, capsys):
-    assert main(command) == 2
-    assert message in capsys.readouterr().err
