@@ -1,7 +1,6 @@
 """gsto bench step, infer, scaling: networks in time and memory."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -26,9 +25,10 @@ def test_command(what, tmp_path, capsys):
     assert (tmp_path / f"{what}-w18_small_v2-times.png").stat().st_size > 5000
 
 
-def bench(training, variant=2, size=(64, 64)):
-    images = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last)
-    return step.Bench(VARIANTS[variant], "w18_small_v2", training, images, torch.randint(0, 19, (2, *size)))
+def bench(training, variant=2, size=(64, 64), device="cpu"):
+    images = torch.randn(2, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 19, (2, *size), device=device)
+    return step.Bench(VARIANTS[variant], "w18_small_v2", training, images, labels)
 
 
 def test_peak_memory_holds_weights_momentum_and_what_backward_needs():
@@ -107,12 +107,11 @@ def test_slope(power):
     assert pictures.slope([1, 2, 4, 8], [3 * x**power for x in (1, 2, 4, 8)]) == pytest.approx(power, abs=1e-12)
 
 
-def test_first_run_of_a_graph_needs_a_gpu():
-    if torch.cuda.is_available():
-        assert math.isfinite(step.prepare(bench(True), "x", "graphed").peak_gib)
-    else:
-        with pytest.raises((AssertionError, RuntimeError)):
-            step.prepare(bench(True), "x", "graphed")
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["graphed", "compiled, graphed"])
+def test_graphed(way):
+    entry = step.prepare(bench(True, device="cuda"), "x", way)
+    assert entry.first_s > 0 and 0 < entry.peak_gib < 8
 
 
 @pytest.mark.parametrize(
