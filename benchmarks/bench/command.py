@@ -12,16 +12,8 @@ BENCHES = {
     "ops": ("ops", "run", "time every operator against its floor, eager PyTorch and torch.compile"),
     "step": ("step", "run", "time a training step of a network with gates against the network without them"),
     "infer": ("step", "run_inference", "the same for inference"),
-    "scaling": (
-        "scaling",
-        "run",
-        "a training step's cost over batch, resolution, width and GPUs, with fitted exponents",
-    ),
-    "traffic": (
-        "traffic",
-        "run",
-        "count the bytes that a training step reads and writes, part by part; nothing is computed",
-    ),
+    "scaling": ("scaling", "run", "time a training step over batch, resolution and width; count what GPUs send"),
+    "traffic": ("traffic", "run", "count the bytes that a training step reads and writes; nothing is computed"),
     "loading": ("loading", "run", "images per second that one core decodes and augments, and a loader delivers"),
     "feed": ("feed", "run", "train some steps of a configuration: how long does it wait for its images?"),
     "compare": ("compare", "run", "two results or two git revisions, row by row; status 1 where a row became slower"),

@@ -117,7 +117,7 @@ def test_graphed(way):
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["bench"], "bench needs one of step, infer, "),
+        (["bench"], "bench needs one of ops, step, infer, "),
         (["bench", "stp"], "got 'stp'"),
         (["bench", "step", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["bench", "step", "--threads", "0"], "--threads must be at least 1, got 0"),
