@@ -34,6 +34,7 @@ class Cpu:
     type = "cpu"
     kernels = ("cpu",)
     ways: Mapping[str, Way] = {"plain": lambda call: call}
+    calm = 2.0
 
     def __init__(self) -> None:
         # glibc gives small heaps back to the system and faults them in again at the next call, until a large block has been

@@ -51,6 +51,7 @@ class Device(Protocol):
     type: str
     kernels: tuple[str, ...]  # the backends that are made for it
     ways: Mapping[str, Way]  # ways to run a call: "plain", and on a GPU as a replayed graph
+    calm: float  # how many times the least of its times a median may be, or else other programs disturbed them
 
     def times(self, runs: Sequence[Run], rounds: int) -> list[list[float]]: ...
     def product_rate(self, dtype: torch.dtype) -> float: ...
@@ -124,6 +125,25 @@ def function_of(case: Case, contestant: str) -> Function:
     return torch.compile(form, dynamic=False, mode=mode)
 
 
+class Checked:
+    """A call of a function that keeps its results until they are released; from then on they are freed at once."""
+
+    def __init__(self, function: Function, operands: Sequence[Tensor], grads: Sequence[Tensor] | None) -> None:
+        self.arguments = function, operands, grads
+        self.kept: list[Tensor] | None = []
+
+    def __call__(self) -> None:
+        found = results(*self.arguments)
+        if self.kept is not None:
+            self.kept = found
+
+    def release(self) -> list[Tensor]:
+        """The results; a graph of the call goes on writing them."""
+        found, self.kept = self.kept, None
+        assert found is not None
+        return found
+
+
 def make_runs(
     case: Case,
     dtype: torch.dtype,
@@ -143,18 +163,13 @@ def make_runs(
         function = function_of(case, contestant)
         backend = contestant if contestant in gsto_ops.backends.BACKENDS else "auto"
         for way, prepared in ways.items():
-            found: list[Tensor] = []
-
-            def call(function: Function = function, found: list[Tensor] = found) -> None:
-                found[:] = results(function, operands, grads)
-
+            checked = Checked(function, operands, grads)
             with gsto_ops.use_backend(backend):
-                run = Run(contestant, way, backend, prepared(call))
-                run.call()
-            error = error_of(found, exact)
-            found.clear()
+                call = prepared(checked)
+                call()
+            error = error_of(checked.release(), exact)
             if contestant == "eager" or error <= allowed:
-                runs.append(Run(contestant, way, backend, run.call, error))
+                runs.append(Run(contestant, way, backend, call, error))
             else:
                 wrong.append(
                     f"{case}, {dtype}, {way} {contestant}: error {error:.2g} against float64, eager PyTorch has {eager_error:.2g}"
@@ -180,7 +195,7 @@ def calm_times(device: Device, runs: Sequence[Run], rounds: int) -> list[list[fl
         with no_garbage_collection():
             times = device.times(runs, rounds)
         alone = device.undisturbed() and alone
-        calm = [own if alone and statistics.median(own) < 2 * min(own) else None for own in times]
+        calm = [own if alone and statistics.median(own) <= device.calm * min(own) else None for own in times]
         if None not in calm:
             break
     return calm

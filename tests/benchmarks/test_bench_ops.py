@@ -207,7 +207,7 @@ def test_ratios_are_of_one_way_to_run(monkeypatch):
 def test_wrong_graph_is_refused():
     def stale(call):
         call()
-        return lambda: call.__defaults__[1][0].mul_(2)  # what a replay leaves that does not do its work
+        return lambda: call.kept[0].mul_(2)  # what a replay leaves that does not do its work
 
     rows, wrong = measure.make_runs(*prepared(TINY[0]), ["reference"], {"plain": lambda call: call, "graph": stale})
     assert [run.way for run in rows] == ["plain"] and "graph reference: error 1" in wrong[0]
