@@ -22,7 +22,7 @@ from gsto_benchmarks.kernels.cpu import Cpu
 from gsto_benchmarks.kernels.shapes import CASES, QUICK
 from gsto_ops.ops import library
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 OPERATORS = {name for name in vars(library.operators["gsto_ops"]) if "_backward" not in name}
 TINY = [
     cases.transfer("up2 8 -> 4", 8, 4, (4, 4), (8, 8)),
