@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,6 +21,7 @@ namespace gsto {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "(";
@@ -40,10 +43,10 @@ inline void check_map(const char* op, const Tensor& input) {
                   ": input must be (N, C, H, W) with C, H and W of at least 1, got ", shape_of(input));
 }
 
-inline void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape,
-                        const Tensor& input) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; d < shape.size(); ++d) same = same && tensor.size(static_cast<int64_t>(d)) == shape[d];
+inline void check_shape(const char* op, const char* argument, const Tensor& tensor, Sizes shape, const Tensor& input) {
+  const Sizes given = tensor.sizes();
+  bool same = given.size() == shape.size();
+  for (size_t d = 0; same && d < shape.size(); ++d) same = given[d] == shape[d];
   if (same) return;
   std::string wanted;
   for (size_t d = 0; d < shape.size(); ++d) wanted += (d ? ", " : "") + std::to_string(shape[d]);
@@ -63,18 +66,48 @@ inline ScalarType scalar_type(const char* op, const Tensor& input, bool takes_fl
   return ScalarType::kFloat64;
 }
 
-// torch's allocation, whose own error does not say what was asked for.
-inline Tensor allocate(const char* op, const Tensor& input, const std::vector<int64_t>& shape,
-                       torch::headeronly::ScalarType dtype,
-                       std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
+// The strides of a dense tensor of at most 4 dimensions.
+inline std::array<int64_t, 4> dense_strides(Sizes shape, bool channels_last) {
+  if (channels_last) return {shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]};
+  std::array<int64_t, 4> strides{};
+  int64_t step = 1;
+  for (size_t d = shape.size(); d-- > 0; step *= shape[d] > 0 ? shape[d] : 1) strides[d] = step;
+  return strides;
+}
+
+// torch's allocation, whose own error does not say what was asked for. Not torch::stable::empty, which looks the
+// operator up by its name: 1 us more.
+inline Tensor allocate(const char* op, const Tensor& input, Sizes shape, torch::headeronly::ScalarType dtype,
+                       bool channels_last = false) {
   try {
-    return torch::stable::empty(shape, dtype, std::nullopt, input.device(), std::nullopt, format);
+    const auto strides = dense_strides(shape, channels_last);
+    const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    int32_t device_type = 0, device_index = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(input.get(), &device_index));
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                    type, device_type, device_index, &made));
+    return Tensor(made);
   } catch (const std::exception& error) {
     std::string wanted;
     for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "gsto_ops::", op, ": allocating (", wanted, ") of dtype ", dtype,
                     " failed for input of shape ", shape_of(input), "; is there enough memory? ", error.what());
   }
+}
+
+// The tensor, or a dense copy. torch::stable::contiguous also looks up an operator, where there is nothing to do as
+// well.
+inline Tensor as_dense(const Tensor& tensor, bool channels_last = false) {
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  const auto wanted = dense_strides(sizes, channels_last);
+  bool dense = true;
+  for (size_t d = 0; d < sizes.size(); ++d) dense = dense && (sizes[d] == 1 || strides[d] == wanted[d]);
+  using torch::headeronly::MemoryFormat;
+  return dense
+             ? tensor
+             : torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 inline bool is_relu(const char* op, StringHandle handle) {
@@ -91,8 +124,8 @@ struct Resampling {
   bool shrinks() const { return int64_t{rows.out} * cols.out < int64_t{rows.in} * cols.in; }
 };
 
-inline Resampling resampling_of(const char* op, const Tensor& input, const std::vector<int64_t>& size,
-                                ResampleMode mode, bool align_corners, std::optional<double> scale_h = std::nullopt,
+inline Resampling resampling_of(const char* op, const Tensor& input, Sizes size, ResampleMode mode, bool align_corners,
+                                std::optional<double> scale_h = std::nullopt,
                                 std::optional<double> scale_w = std::nullopt) {
   constexpr int64_t kLimit = (int64_t{1} << 31) - 64;  // pixels of an axis are counted in 32 bits
   STD_TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, "gsto_ops::", op, ": size must be positive, got (",
@@ -104,9 +137,8 @@ inline Resampling resampling_of(const char* op, const Tensor& input, const std::
           make_axis(input.size(3), size[1], mode, align_corners, scale_w.value_or(0))};
 }
 
-inline Resampling resampling_of(const char* op, const Tensor& input, const std::vector<int64_t>& size,
-                                StringHandle handle, bool align_corners, std::optional<double> scale_h,
-                                std::optional<double> scale_w) {
+inline Resampling resampling_of(const char* op, const Tensor& input, Sizes size, StringHandle handle,
+                                bool align_corners, std::optional<double> scale_h, std::optional<double> scale_w) {
   const std::string name = text_of(handle);
   STD_TORCH_CHECK(name == "bilinear" || name == "avg" || name == "nearest", "gsto_ops::", op,
                   ": mode must be bilinear, avg or nearest, got ", name);

@@ -48,7 +48,7 @@ class Terms {
                     " must have a tensor for each of the ", terms_.size(), " terms, or none, got ", values.size());
     for (size_t k = 0; k < values.size(); ++k) {
       op_.check(name, values[k], {op_.channels}, true);
-      values_.push_back(torch::stable::contiguous(values[k]));
+      values_.push_back(as_dense(values[k]));
       terms_[k].*field = values_.back().data_ptr();
     }
   }
@@ -218,12 +218,12 @@ std::vector<Tensor> backward_terms(const Tensor& grad_sum, std::vector<Tensor> g
     if (sums.has_value()) {
       own.check("sums", *sums, {1 + static_cast<int64_t>(terms.size()), own.channels}, true);
       p.statistics = true;
-      own_sums = torch::stable::contiguous(*sums);
+      own_sums = as_dense(*sums);
       p.sums = own_sums.data_ptr();
       p.sums_row = 1 + static_cast<int64_t>(k);
       if (counts.has_value()) {
         own.check("counts", *counts, {static_cast<int64_t>(terms.size())}, true);
-        const Tensor values = torch::stable::contiguous(*counts);
+        const Tensor values = as_dense(*counts);
         term.count = own.dtype == gsto::ScalarType::kFloat64 ? static_cast<const double*>(values.data_ptr())[k]
                                                              : static_cast<const float*>(values.data_ptr())[k];
       }

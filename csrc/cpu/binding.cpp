@@ -57,8 +57,7 @@ Operator::Operator(const char* op, const Tensor& map)
   width = input.size(3);
 }
 
-void Operator::check(const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape,
-                     bool statistics) const {
+void Operator::check(const char* argument, const Tensor& tensor, Sizes shape, bool statistics) const {
   check_shape(name, argument, tensor, shape, input);
   const auto type = statistics ? statistics_type(input) : input.scalar_type();
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_cpu(), "gsto_ops::", name, ": ", argument, " of dtype ",
@@ -66,26 +65,18 @@ void Operator::check(const char* argument, const Tensor& tensor, const std::vect
                   input.scalar_type());
 }
 
-void Operator::check(const char* argument, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
-                     bool statistics) const {
+void Operator::check(const char* argument, const OptionalTensor& tensor, Sizes shape, bool statistics) const {
   if (tensor.has_value()) check(argument, *tensor, shape, statistics);
 }
 
 // channels_last when the input's channels are adjacent, else contiguous (gsto_ops/ops/library.py).
 Tensor Operator::new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const {
-  const bool channels_last = input.stride(1) == 1 && input.stride(3) > 1;
-  return allocate(
-      name, input, {batch, map_channels, map_height, map_width}, input.scalar_type(),
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  return allocate(name, input, {batch, map_channels, map_height, map_width}, input.scalar_type(), !is_planar(input));
 }
 
-Tensor Operator::new_tensor(const std::vector<int64_t>& shape) const {
-  return allocate(name, input, shape, input.scalar_type());
-}
+Tensor Operator::new_tensor(Sizes shape) const { return allocate(name, input, shape, input.scalar_type()); }
 
-Tensor Operator::new_statistics(const std::vector<int64_t>& shape) const {
-  return allocate(name, input, shape, statistics_type(input));
-}
+Tensor Operator::new_statistics(Sizes shape) const { return allocate(name, input, shape, statistics_type(input)); }
 
 Call Operator::call(int64_t out_pixels) const {
   Call call;
@@ -123,8 +114,7 @@ Tensor with_lines(const Tensor& map, bool planar) {
   const int64_t unit = planar ? 1 : map.size(1);
   const bool pixels = map.size(3) == 1 || map.stride(3) == unit;
   if (pixels && (planar || map.stride(1) == 1)) return map;
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(map, planar ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
+  return as_dense(map, !planar);
 }
 
 }  // namespace gsto::cpu

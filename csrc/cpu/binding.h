@@ -27,15 +27,13 @@ class Operator {
   int64_t batch, channels, height, width;
 
   // Throws unless the tensor has the shape, and the input's dtype, or that of statistics.
-  void check(const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape,
-             bool statistics = false) const;
-  void check(const char* argument, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
-             bool statistics = false) const;
+  void check(const char* argument, const Tensor& tensor, Sizes shape, bool statistics = false) const;
+  void check(const char* argument, const OptionalTensor& tensor, Sizes shape, bool statistics = false) const;
 
   // Results: a map in the input's layout, a contiguous tensor of its dtype, one of float32 (float64 for float64).
   Tensor new_map(int64_t map_channels, int64_t map_height, int64_t map_width) const;
-  Tensor new_tensor(const std::vector<int64_t>& shape) const;
-  Tensor new_statistics(const std::vector<int64_t>& shape) const;
+  Tensor new_tensor(Sizes shape) const;
+  Tensor new_statistics(Sizes shape) const;
 
   // Runs a kernel; memory that it cannot get is an error with the operator's name.
   template <class Params>

@@ -13,7 +13,7 @@ Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& shift, St
   const Resampling r = call.resampling(size, mode, align_corners, scale_h, scale_w);
   call.check("scale", scale, {call.channels}, true);
   call.check("shift", shift, {call.channels}, true);
-  const Tensor factors = torch::stable::contiguous(scale), offsets = torch::stable::contiguous(shift);
+  const Tensor factors = as_dense(scale), offsets = as_dense(shift);
   const Tensor output = call.new_map(call.channels, size[0], size[1]);
   ResampleParams p{};
   p.scale = static_cast<const float*>(factors.data_ptr());
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   call.check("grad_output", grad_output, {call.batch, call.channels, r.rows.out, r.cols.out});
   call.check("scale", scale, {call.channels}, true);
   call.check("shift", shift, {call.channels}, true);
-  const Tensor factors = torch::stable::contiguous(scale), offsets = torch::stable::contiguous(shift);
+  const Tensor factors = as_dense(scale), offsets = as_dense(shift);
   const Tensor dy = call.dense(grad_output);
   const Tensor grad_input = call.new_map(call.channels, call.height, call.width);
   const Tensor grad_scale = call.new_floats({call.channels}), grad_shift = call.new_floats({call.channels});

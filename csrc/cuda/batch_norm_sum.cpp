@@ -22,7 +22,7 @@ class Norms {
                       " must have as many entries as mean, ", mean.size(), ", got ", lists[i]->size());
       for (const Tensor& values : *lists[i]) {
         call.check(names[i], values, {call.channels}, true);
-        values_[i].push_back(torch::stable::contiguous(values));
+        values_[i].push_back(as_dense(values));
       }
     }
     STD_TORCH_CHECK(mean.empty() || mean.size() == terms, "gsto_ops::", call.op,
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
                   ": mean must have one entry per term (", terms.size(), ") or none, got ", mean.size());
   for (Tensor& values : mean) {
     call.check("mean", values, {call.channels}, true);
-    values = torch::stable::contiguous(values);
+    values = as_dense(values);
   }
   const Tensor dy = call.dense(grad_output);
   const Tensor grad_sum =
@@ -267,8 +267,7 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
   if (same.empty()) finish(same_sums[0], totals, nullptr);
   for (size_t i = 0; i < same.size(); ++i) finish(same_sums[i], total_of(same[i]), i == 0 ? totals : nullptr);
   for (size_t i = 0; i < low_sums.size(); ++i) finish(low_sums[i], total_of(low[i]), nullptr);
-  for (size_t i = 0; i < low.size(); ++i)
-    gathered[i] = torch::stable::contiguous(gathered[i], memory_format(is_channels_last(formats_of[i])));
+  for (size_t i = 0; i < low.size(); ++i) gathered[i] = as_dense(gathered[i], is_channels_last(formats_of[i]));
   return {grad_sum, gathered, sums};
 }
 

@@ -32,10 +32,6 @@ Tensor fresh(Tensor tensor) {
 
 bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) > 1; }
 
-torch::headeronly::MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-}
-
 int alignment_of(const std::vector<const void*>& maps) {
   uintptr_t bits = 16;
   for (const void* map : maps) bits |= reinterpret_cast<uintptr_t>(map);
@@ -76,8 +72,7 @@ Call::Call(const char* name, const Tensor& given)
 #endif
 }
 
-void Call::check(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
-                 bool is_float32) const {
+void Call::check(const char* name, const OptionalTensor& tensor, Sizes shape, bool is_float32) const {
   if (!tensor.has_value()) return;
   check_shape(op, name, *tensor, shape, input);
   const auto dtype = is_float32 ? torch::headeronly::ScalarType::Float : input.scalar_type();
@@ -85,8 +80,8 @@ void Call::check(const char* name, const OptionalTensor& tensor, const std::vect
                   " must have dtype ", dtype, " and be on the input's device, got ", tensor->scalar_type());
 }
 
-Resampling Call::resampling(const std::vector<int64_t>& size, StringHandle mode, bool align_corners,
-                            std::optional<double> scale_h, std::optional<double> scale_w) const {
+Resampling Call::resampling(Sizes size, StringHandle mode, bool align_corners, std::optional<double> scale_h,
+                            std::optional<double> scale_w) const {
   const Resampling r = resampling_of(op, input, size, mode, align_corners, scale_h, scale_w);
   STD_TORCH_CHECK(size[0] * size[1] < (int64_t{1} << 31) - 64, "gsto_ops::", op,
                   ": the CUDA kernels make less than 2^31 pixels per image, got size (", size[0], ", ", size[1],
@@ -94,9 +89,7 @@ Resampling Call::resampling(const std::vector<int64_t>& size, StringHandle mode,
   return r;
 }
 
-Tensor Call::dense(const Tensor& map) const {
-  return torch::stable::contiguous(map, memory_format(format.channels_last));
-}
+Tensor Call::dense(const Tensor& map) const { return as_dense(map, format.channels_last); }
 
 StripPlan Call::plan_strips_of(int64_t images, const std::vector<const void*>& maps, bool has_sums) const {
   // With sums one wave of blocks; else blocks that are short enough for the last wave not to matter.
@@ -106,14 +99,12 @@ StripPlan Call::plan_strips_of(int64_t images, const std::vector<const void*>& m
 
 Tensor Call::new_map(int64_t map_channels, int64_t map_height, int64_t map_width, int64_t images) const {
   const std::vector<int64_t> shape = {images < 0 ? batch : images, map_channels, map_height, map_width};
-  return fresh(allocate(op, input, shape, input.scalar_type(), memory_format(format.channels_last)));
+  return fresh(allocate(op, input, shape, input.scalar_type(), format.channels_last));
 }
 
-Tensor Call::new_tensor(const std::vector<int64_t>& shape) const {
-  return fresh(allocate(op, input, shape, input.scalar_type()));
-}
+Tensor Call::new_tensor(Sizes shape) const { return fresh(allocate(op, input, shape, input.scalar_type())); }
 
-Tensor Call::new_floats(const std::vector<int64_t>& shape) const {
+Tensor Call::new_floats(Sizes shape) const {
   return fresh(allocate(op, input, shape, torch::headeronly::ScalarType::Float));
 }
 

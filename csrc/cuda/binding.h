@@ -44,19 +44,18 @@ class Call {
   cudaStream_t stream;
 
   // Throws unless the tensor has the shape, and the input's dtype and device.
-  void check(const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
-             bool is_float32 = false) const;
-  Resampling resampling(const std::vector<int64_t>& size, StringHandle mode, bool align_corners,
-                        std::optional<double> scale_h, std::optional<double> scale_w) const;
+  void check(const char* name, const OptionalTensor& tensor, Sizes shape, bool is_float32 = false) const;
+  Resampling resampling(Sizes size, StringHandle mode, bool align_corners, std::optional<double> scale_h,
+                        std::optional<double> scale_w) const;
 
   // A map in the input's format, dense, for the kernels to read. (The copy is the price of any other layout.)
   Tensor dense(const Tensor& map) const;
   // How a pass over maps of the input's shape, of so many images, goes: with sums, every block leaves partial results.
   StripPlan plan_strips_of(int64_t images, const std::vector<const void*>& maps, bool has_sums) const;
   Tensor new_map(int64_t channels, int64_t height, int64_t width, int64_t images = -1) const;  // in the input's format
-  Tensor new_tensor(const std::vector<int64_t>& shape) const;  // contiguous, of the input's dtype
-  Tensor new_floats(const std::vector<int64_t>& shape) const;  // contiguous float32: results and workspaces
-  void launched(cudaError_t error) const;                      // throws unless it is cudaSuccess
+  Tensor new_tensor(Sizes shape) const;    // contiguous, of the input's dtype
+  Tensor new_floats(Sizes shape) const;    // contiguous float32: results and workspaces
+  void launched(cudaError_t error) const;  // throws unless it is cudaSuccess
 
   // z = act(W (g x) + bias) of a (N, C, H, W) map, with the gate made (gate_weight), given (gate alone) or absent.
   struct Gate {
@@ -109,12 +108,11 @@ class Call {
 };
 
 bool is_channels_last(const Tensor& map);
-torch::headeronly::MemoryFormat memory_format(bool channels_last);
 // The largest power of two, at most 16, that divides all the addresses.
 int alignment_of(const std::vector<const void*>& maps);
 
 inline OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+  return tensor.has_value() ? OptionalTensor(as_dense(*tensor)) : std::nullopt;
 }
 
 inline const void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   const Tensor output = call.new_map(out_channels, call.height, call.width);
   const Tensor gate = call.new_tensor({call.batch, 1, call.height, call.width});
   const Tensor mean = call.new_floats({out_channels}), variance = call.new_floats({out_channels});
-  const Tensor rho = torch::stable::contiguous(gate_weight), matrix = torch::stable::contiguous(weight);
+  const Tensor rho = as_dense(gate_weight), matrix = as_dense(weight);
 
   const PixelRows rows = pixel_rows(call.batch, call.pixels, call.format.channels_last);
   const int64_t tiles_per_row = ceil_div(rows.pixels, kTilePixels), tiles = tiles_per_row * rows.images;
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, O
   call.check("mean", mean, {out_channels}, true);
 
   const Tensor dy = call.dense(grad_output), z = call.dense(output);
-  const Tensor rho = torch::stable::contiguous(gate_weight), matrix = torch::stable::contiguous(weight);
-  const Tensor gates = torch::stable::contiguous(gate), means = torch::stable::contiguous(mean);
+  const Tensor rho = as_dense(gate_weight), matrix = as_dense(weight);
+  const Tensor gates = as_dense(gate), means = as_dense(mean);
   const OptionalTensor dgate = contiguous(grad_gate);
   const Tensor coefficients = call.new_floats({2, out_channels});
   Gradient dz;

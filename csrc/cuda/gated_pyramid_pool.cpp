@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
   const Pyramid& pyramid = p.pyramid;
   const Tensor pooled = call.new_tensor({call.batch, call.channels, pyramid.total_bins});
   const Tensor gate = call.new_tensor({call.batch, levels, call.height, call.width});
-  const Tensor rho = torch::stable::contiguous(gate_weight);
+  const Tensor rho = as_dense(gate_weight);
   const OptionalTensor bias = contiguous(gate_bias);
   const Tensor sums =
       call.new_floats({call.batch * pyramid.row_cuts * pyramid.bands * pyramid.col_cuts, levels * call.channels});
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_pooled, OptionalT
   call.check("grad_gate", grad_gate, {call.batch, levels, call.height, call.width});
   call.check("gate", gate, {call.batch, levels, call.height, call.width});
   call.check("gate_weight", gate_weight, {levels, call.channels, 1, 1});
-  const Tensor dy = torch::stable::contiguous(grad_pooled), rho = torch::stable::contiguous(gate_weight);
-  const Tensor gates = torch::stable::contiguous(gate);
+  const Tensor dy = as_dense(grad_pooled), rho = as_dense(gate_weight);
+  const Tensor gates = as_dense(gate);
   const OptionalTensor dgate = contiguous(grad_gate);
   const Tensor grad_input = call.new_map(call.channels, call.height, call.width);
   const Tensor grad_gate_weight = call.new_tensor({levels, call.channels, 1, 1}),

@@ -27,12 +27,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weigh
 
   const Tensor output = call.new_map(out_channels, size[0], size[1]);
   const Tensor gate = call.new_tensor({call.batch, 1, call.height, call.width});
-  const Tensor rho = torch::stable::contiguous(gate_weight);
+  const Tensor rho = as_dense(gate_weight);
   if (!weight.has_value()) {
     call.gate_resample({rho, gate_bias, gate}, relu, r, output);
     return {output, gate};
   }
-  const Tensor matrix = torch::stable::contiguous(*weight);
+  const Tensor matrix = as_dense(*weight);
   if (r.identity() && (relu || !r.shrinks())) {
     call.project(call.input, matrix, bias, {rho, gate_bias, gate}, relu, output);
     return {output, gate};
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   call.check("bias", bias, {out_channels});
 
   const Tensor dy = call.dense(grad_output);
-  const Tensor rho = torch::stable::contiguous(gate_weight), gates = torch::stable::contiguous(gate);
+  const Tensor rho = as_dense(gate_weight), gates = as_dense(gate);
   const OptionalTensor dgate = contiguous(grad_gate);
   const Call::GateOperands operands = {gates, rho, dgate};
   const Call::GateGradients grads = call.new_gate_gradients(gate_weight);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     }
     return {grads.input, grads.weight, grads.bias, call.new_tensor({0}), call.new_tensor({0})};
   }
-  const Tensor matrix = torch::stable::contiguous(*weight);
+  const Tensor matrix = as_dense(*weight);
   const Tensor grad_weight = call.new_tensor({out_channels, call.channels, 1, 1}),
                grad_bias = call.new_tensor({out_channels});
   if (r.shrinks() && !relu) {

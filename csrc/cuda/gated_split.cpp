@@ -44,7 +44,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> forward(const Tensor& input
 
   const Tensor gate = call.new_tensor({call.batch, gates, call.height, call.width});
   const Tensor mean = call.new_floats({rows}), variance = call.new_floats({rows});
-  const Tensor rho = torch::stable::contiguous(gate_weight);
+  const Tensor rho = as_dense(gate_weight);
   const OptionalTensor bias = contiguous(gate_bias), matrix = contiguous(weight);
   Tensors projected, gated;
   for (int64_t k = 0; k < projections; ++k) {
@@ -119,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensors grad_projected, Tens
   const Tensor grad_gate_weight = call.new_tensor({gates, call.channels, 1, 1}),
                grad_gate_bias = call.new_tensor({gates});
   Tensor grad_weight = weight.has_value() ? call.new_tensor({rows, call.channels, 1, 1}) : call.new_tensor({0});
-  const Tensor rho = torch::stable::contiguous(gate_weight), all_gates = torch::stable::contiguous(gate);
+  const Tensor rho = as_dense(gate_weight), all_gates = as_dense(gate);
   const OptionalTensor dgate = contiguous(grad_gate);
-  Tensor matrix = weight.has_value() ? torch::stable::contiguous(*weight) : Tensor();
+  Tensor matrix = weight.has_value() ? as_dense(*weight) : Tensor();
   Tensors weights;  // of the projections
   for (int64_t k = 0, row = 0; k < static_cast<int64_t>(projections); row += grad_projected[k].size(1), ++k)
     weights.push_back(torch::stable::narrow(matrix, 0, row, grad_projected[k].size(1)));
