@@ -19,16 +19,18 @@ test: $(INSTALLED)
 	$(BIN)/python -m gsto_ops
 	$(BIN)/python -m pytest
 
-# One call for a machine with an NVIDIA GPU and a CUDA toolkit: build, GPU tests, kernel table, networks, in runs/bench/. It installs into
-# the environment of GPU_PYTHON, whose torch is the one to measure; nothing is downloaded.
+# One call for a machine with an NVIDIA GPU and a CUDA toolkit, some minutes long: build, GPU tests, tables of operators and
+# networks in runs/bench/, and last a summary. It installs into the environment of GPU_PYTHON, whose torch is the one to measure,
+# and which has pytest, rich and matplotlib; nothing is downloaded.
 GPU_PYTHON ?= python3
 gpu:
 	GSTO_BUILD_NATIVE=cuda $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m gsto_ops
-	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m pytest -q -m gpu
 	$(GPU_PYTHON) -m gsto_benchmarks bench ops --quick
 	$(GPU_PYTHON) -m gsto_benchmarks bench step
 	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024x2048
+	$(GPU_PYTHON) -m gsto_benchmarks bench summary
 
 # The GPU sweep under compute-sanitizer; slow, so on one shape.
 gpu-sanitize:

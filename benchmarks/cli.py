@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .export import run
 
             run(argv[1:], COMMANDS["export"])
+        elif command == "bench":
+            from .bench.command import run as run_bench
+
+            return run_bench(argv[1:])
         else:
             return _run_with_trainers(command, argv)
     except UsageError as error:
@@ -78,10 +82,6 @@ def _run_with_trainers(command: str, argv: list[str]) -> int:
         from .visualize import run
 
         run(argv[1:], COMMANDS["visualize"])
-    elif command == "bench":
-        from .bench.command import run
-
-        return run(argv[1:])
     elif command == "compare":
         from .training.compare import run
 

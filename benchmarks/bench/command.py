@@ -16,6 +16,7 @@ BENCHES = {
     "traffic": ("traffic", "run", "count the bytes that a training step reads and writes; nothing is computed"),
     "loading": ("loading", "run", "images per second that one core decodes and augments, and a loader delivers"),
     "feed": ("feed", "run", "train some steps of a configuration: how long does it wait for its images?"),
+    "summary": ("summary", "run", "the results in a folder on one screen"),
     "compare": ("compare", "run", "two results or two git revisions, row by row; status 1 where a row became slower"),
 }
 
@@ -24,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     """Run one of them; returns the exit status.
 
     Raises:
-        UsageError: no such benchmark, or options that it does not take.
+        UsageError: no such benchmark, options that it does not take, or a package that is missing.
     """
     what = argv[0] if argv else ""
     if what in ("-h", "--help"):
@@ -34,4 +35,8 @@ def run(argv: Sequence[str]) -> int:
     if what not in BENCHES:
         raise UsageError(f"bench needs one of {', '.join(BENCHES)}, got {what!r}")
     module, function, description = BENCHES[what]
-    return getattr(importlib.import_module(f"{__package__}.{module}"), function)(argv[1:], description)
+    try:
+        benchmark = importlib.import_module(f"{__package__}.{module}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"bench {what} needs the package {error.name}: pip install 'gsto_ops[train]'") from error
+    return getattr(benchmark, function)(argv[1:], description)

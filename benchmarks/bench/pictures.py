@@ -34,8 +34,8 @@ def bars(rows: Sequence[Row], group: str, series: str, value: str, title: str) -
         drawn = axes.barh(at, values, thick * 0.9, xerr=spreads, label=kind or None, error_kw={"lw": 1, "capsize": 2})
         axes.bar_label(drawn, fmt="%.3g", padding=4, fontsize=8)
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=value, title=title)
-    axes.invert_yaxis()
     axes.margins(x=0.12)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
     if len(kinds) > 1:
         axes.legend(fontsize=8)
     return figure

@@ -1,10 +1,21 @@
 """Fixtures of the trainers' tests."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+TRAINERS = find_spec("lightning") is not None
+collect_ignore_glob = [] if TRAINERS else ["*"]
+
+
+def pytest_report_header() -> str:
+    return (
+        "" if TRAINERS else "tests/benchmarks is left out: lightning is not installed (pip install 'gsto_ops[train]')"
+    )
+
 
 sys.path.insert(0, str(Path(__file__).parent))  # for made_data
 

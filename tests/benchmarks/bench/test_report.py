@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,54 @@ def test_two_revisions(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert output.count("building") == 1 and output.count("running HEAD") == 2 and "lip" in output
     assert f"revision {found.stdout.decode()[:12]}\n" in output
+
+
+def test_summary(tmp_path, capsys):
+    rows = []
+    for contestant, ms, error in (("cuda", (1.0, 3.0, None), 1e-4), ("eager", (4.0, 4.0, 4.0), 0.5)):
+        for case, time in enumerate(ms):
+            what = {
+                "operator": "gated_split",
+                "case": str(case),
+                "dtype": "bfloat16",
+                "pass": "forward",
+                "way": "graph",
+            }
+            ratios = {"x_floor": time, "x_eager": time and 4 / time, "error": error}
+            rows.append({**what, "contestant": contestant, "ms": time, **ratios})
+    report.write(tmp_path, "ops", "Operators", rows)
+    network = {
+        "run": "training step",
+        "trunk": "w48",
+        "input": "8 x 512x1024",
+        "network": "GSTO-HRNet, fused",
+        "way": "graphed",
+    }
+    numbers = {"ratio": 0.875, "images_per_s": 91.0, "peak_gib": 11.5, "kernels": None}
+    report.write(tmp_path, "step-w48", "Step", [{**network, "ms": 88.0, **numbers}])
+    assert main(["bench", "summary", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    operators = next(line for line in lines if "gated_split" in line)
+    assert [word for word in operators.split() if word[0].isdigit()] == [
+        "2",
+        "3",
+        "2.00",
+        "3.00",
+        "2.67",
+        "1.33",
+        "1.00e-04",
+    ]
+    assert "0.500" not in operators
+    assert any("GSTO-HRNet, fused" in line and "88.0" in line and "0.875" in line for line in lines)
+
+
+def test_summary_of_nothing(tmp_path, capsys):
+    assert main(["bench", "summary", str(tmp_path)]) == 2
+    assert "no results of gsto bench in it" in capsys.readouterr().err
+
+
+def test_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "gsto_benchmarks.bench.loading", raising=False)
+    assert main(["bench", "loading"]) == 2
+    assert "bench loading needs the package cv2: pip install 'gsto_ops[train]'" in capsys.readouterr().err
