@@ -21,12 +21,14 @@ test: $(INSTALLED)
 
 # One call for a machine with an NVIDIA GPU and a CUDA toolkit, some minutes long: build, GPU tests, tables of operators and
 # networks in runs/bench/, and last a summary. It installs into the environment of GPU_PYTHON, whose torch is the one to measure,
-# and which has pytest, rich and matplotlib; nothing is downloaded.
+# and which has pytest, pytest-xdist, rich and matplotlib; nothing is downloaded. Tests run in several processes, because Triton
+# compiles a kernel for nearly each of them.
 GPU_PYTHON ?= python3
+GPU_PROCESSES ?= 12
 gpu:
 	GSTO_BUILD_NATIVE=cuda $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m gsto_ops
-	$(GPU_PYTHON) -m pytest -q -m gpu
+	$(GPU_PYTHON) -m pytest -q -m gpu -n $(GPU_PROCESSES)
 	$(GPU_PYTHON) -m gsto_benchmarks bench ops --quick
 	$(GPU_PYTHON) -m gsto_benchmarks bench step
 	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024x2048
