@@ -78,14 +78,18 @@ class FolderData(SegmentationData):
     def open_split(self, names: str) -> PairDataset:
         """The data set of one or more splits, its files listed but not read."""
         pairs: list[Pair] = []
-        for split in names.split("+"):
-            if split not in self.splits:
-                raise DataError(f"{type(self).__name__} has no split {split!r}; it has {', '.join(self.splits)}")
+        for split in self._names(names):
             found = self.find_pairs(split) if self.lists is None else self._listed(split)
             if found.problems:
                 raise DataError(*found.problems)
             pairs += found.pairs
         return self.dataset(pairs)
+
+    def _names(self, names: str) -> list[str]:
+        for split in names.split("+"):
+            if split not in self.splits:
+                raise DataError(f"{type(self).__name__} has no split {split!r}; it has {', '.join(self.splits)}")
+        return names.split("+")
 
     def dataset(self, pairs: list[Pair]) -> PairDataset:
         """These files as this data set's labels and transforms read them."""
@@ -99,7 +103,7 @@ class FolderData(SegmentationData):
         try:
             return len(self.open_split(self.train_split)), f"listed in {self.root}"
         except DataError as error:
-            published = sum(self.splits[name] for name in self.train_split.split("+"))
+            published = sum(self.splits[name] for name in self._names(self.train_split))
             return published, f"as published, since {str(error).splitlines()[0]}"
 
     def make_train_set(self) -> PairDataset:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UsageError
 
+USUAL = "val/mIoU_ss"
 Series = dict[str, list[tuple[int, float]]]  # metric -> (step, value)
 
 
@@ -38,13 +39,20 @@ def read_run(folder: Path) -> Series:
     return series
 
 
-def compare(folders: Sequence[Path], metric: str, file: Path) -> str:
+def compare(folders: Sequence[Path], metric: str | None, file: Path) -> str:
     """Draw loss and metric of runs over their steps into `file`; returns a Markdown table of them.
+
+    Args:
+        metric: a column of metrics.csv; None: val/mIoU_ss, or the first evaluation that all runs have.
 
     Raises:
         UsageError: a run without metrics.csv, or without this metric.
     """
     runs = {str(folder): read_run(folder) for folder in folders}
+    if metric is None:
+        common = [name for name in next(iter(runs.values())) if all(name in series for series in runs.values())]
+        evaluations = [name for name in common if name.startswith("val/")]
+        metric = USUAL if USUAL in evaluations or not evaluations else evaluations[0]
     rows = [f"| run | steps | loss, last tenth | {metric}, last | {metric}, best |", "| --- | --- | --- | --- | --- |"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, series in runs.items():
@@ -73,7 +81,7 @@ def run(argv: Sequence[str], description: str) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="gsto compare", description=description, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, with metrics.csv")
-    parser.add_argument("--metric", default="val/mIoU_ss", help="default: %(default)s")
+    parser.add_argument("--metric", help=f"default: {USUAL}, or the first evaluation that all runs have")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.png"), help="picture (default: %(default)s)")
     options = parser.parse_args(argv)
     print(compare(options.runs, options.metric, options.out))

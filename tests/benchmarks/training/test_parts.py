@@ -203,7 +203,9 @@ def test_compare(toy, tmp_path, capsys):
         scores = [float(row["val/score"]) for row in csv.DictReader(file) if row["val/score"]]
     assert lines[3].startswith(f"| {runs[1]} | 18 |") and lines[3].endswith(f"| {scores[-1]:.3f} | {max(scores):.3f} |")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
-    assert cli.main(["compare", *runs]) == 2
+    assert cli.main(["compare", *runs, f"--out={tmp_path / 'compare.png'}"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert cli.main(["compare", *runs, "--metric=val/mIoU_ss"]) == 2
     assert "has no val/mIoU_ss; evaluations in it: val/score" in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path)]) == 2
     assert "metrics.csv: no such file" in capsys.readouterr().err

@@ -79,6 +79,12 @@ def test_dry_run_of_what_cannot_be_shared(capsys):
     assert "global_batch_size 12 cannot be shared equally by 8 processes" in capsys.readouterr().err
 
 
+def test_dry_run_of_a_split_that_does_not_exist(tmp_path, capsys):
+    arguments = ["--data.root", str(tmp_path), "--data.train_split=train+vall", "--dry_run"]
+    assert cli.main(["fit", "-c", "cityscapes_gsto_hrnet_w18_small_v2", *arguments]) == 2
+    assert "has no split 'vall'; it has train, val" in capsys.readouterr().err
+
+
 def test_dry_run_counts_what_is_there(toy, capsys):
     assert ToyData(train_size=26).count_train_images() == (26, "counted")
     assert toy("run", "--dry_run", "--trainer.max_epochs=2") == 0
