@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from ..cli import resolve_config_names
+from ..configs import resolve_config_names
 from ..errors import UsageError
 from ..training.cli import TrainingCLI, run_cli
 from . import report

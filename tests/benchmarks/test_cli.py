@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from gsto_benchmarks import cli
+from gsto_benchmarks import cli, configs
 from gsto_benchmarks.segmentation import SegmentationTask
 
 SMALL = [
@@ -116,7 +116,7 @@ def test_misspelt_key_is_an_error(option, capsys):
 
 
 def test_misspelt_key_in_a_file_is_an_error(tmp_path, capsys):
-    config = yaml.safe_load(cli.shipped_configs()["camvid"].read_text())
+    config = yaml.safe_load(configs.shipped_configs()["camvid"].read_text())
     config["model"]["init_args"]["gate_bais_init"] = 4.0
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -136,13 +136,13 @@ def test_print_config(capsys):
 
 
 def test_config_names():
-    file = str(cli.shipped_configs()["camvid"])
+    file = str(configs.shipped_configs()["camvid"])
     expected = ["fit", "--config", file]
-    assert cli.resolve_config_names(["fit", "-c", "camvid", "--x", "camvid"]) == [*expected, "--x", "camvid"]
-    assert cli.resolve_config_names(["fit", "--config=camvid"]) == expected
-    assert cli.resolve_config_names(["fit", "-c", file]) == expected
-    child = str(cli.shipped_configs()["camvid_hrnetv2"])
-    assert cli.resolve_config_names(["fit", "-c", "camvid_hrnetv2"]) == [*expected, "--config", child]
+    assert configs.resolve_config_names(["fit", "-c", "camvid", "--x", "camvid"]) == [*expected, "--x", "camvid"]
+    assert configs.resolve_config_names(["fit", "--config=camvid"]) == expected
+    assert configs.resolve_config_names(["fit", "-c", file]) == expected
+    child = str(configs.shipped_configs()["camvid_hrnetv2"])
+    assert configs.resolve_config_names(["fit", "-c", "camvid_hrnetv2"]) == [*expected, "--config", child]
 
 
 @pytest.mark.parametrize(

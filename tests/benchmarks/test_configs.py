@@ -6,11 +6,11 @@ from functools import lru_cache
 import pytest
 import torch
 
-from gsto_benchmarks import cli
+from gsto_benchmarks import cli, configs
 from gsto_benchmarks.segmentation import SegmentationTask
 from gsto_benchmarks.training.cli import TrainingCLI, run_cli
 
-NAMES = sorted(name for name, file in cli.shipped_configs().items() if "segmentation" in file.parts)
+NAMES = sorted(name for name, file in configs.shipped_configs().items() if "segmentation" in file.parts)
 # exact numbers of weights and biases in convolutions
 CONV_PARAMS = {
     "cityscapes_hrnetv2_w18_small_v2": 3_923_091,
@@ -44,17 +44,17 @@ class ReadOnly(TrainingCLI):
 @pytest.fixture(scope="module")
 def read():
     """A configuration, with options, as the command line reads it."""
-    parser = run_cli(cli.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
+    parser = run_cli(configs.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
 
     @lru_cache
     def parse(name, *options):
-        return parser.parse_args(cli.resolve_config_names(["fit", "-c", name, *options])).fit
+        return parser.parse_args(configs.resolve_config_names(["fit", "-c", name, *options])).fit
 
     return lambda name, *options: parse(name, *options).clone()
 
 
 def head(name):
-    return cli.shipped_configs()[name].read_text().split("\ntrainer:")[0]
+    return configs.shipped_configs()[name].read_text().split("\ntrainer:")[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
-from gsto_benchmarks import cli
+from gsto_benchmarks import cli, configs
 from gsto_benchmarks.pose import Augmentation, PoseTask
 from gsto_benchmarks.training.cli import TrainingCLI, run_cli
 
-NAMES = sorted(name for name, file in cli.shipped_configs().items() if "pose" in file.parts)
+NAMES = sorted(name for name, file in configs.shipped_configs().items() if "pose" in file.parts)
 PAPER = [name for name in NAMES if name != "coco_mini"]
 
 
@@ -28,8 +28,8 @@ class ReadOnly(TrainingCLI):
 
 @pytest.fixture(scope="module")
 def read():
-    parser = run_cli(cli.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
-    return lambda name, *options: parser.parse_args(cli.resolve_config_names(["fit", "-c", name, *options])).fit
+    parser = run_cli(configs.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
+    return lambda name, *options: parser.parse_args(configs.resolve_config_names(["fit", "-c", name, *options])).fit
 
 
 def test_every_row_has_its_configurations():
@@ -55,7 +55,7 @@ def test_recipe(read, name):
     assert data.boxes == "detector" and model.evaluation.flip and model.evaluation.decoding == "quarter"
     with torch.device("meta"):
         task = PoseTask(**{**{k: v for k, v in vars(model).items() if k != "evaluation"}, "num_classes": 17})
-    head = cli.shipped_configs()[name].read_text()
+    head = configs.shipped_configs()[name].read_text()
     stated = re.search(r"([\d.]+)M parameters", head)
     assert bool(stated) != small
     if stated:
