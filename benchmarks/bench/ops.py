@@ -128,6 +128,15 @@ def make_pictures(rows: Sequence[report.Row], device: Device) -> dict[str, Figur
     return figures
 
 
+def show(console: Console, title: str, rows: Sequence[report.Row], device: Device, out: Path) -> None:
+    """Print the tables, one per operator, and write the results."""
+    for operator in dict.fromkeys(row["operator"] for row in rows):
+        console.print(as_table([row for row in rows if row["operator"] == operator], device.kernels))
+    console.print(f"{title}; milliseconds; ratios of the fastest kernels.\n{report.describe(report.machine())}")
+    files = report.write(out, "ops", title, rows, make_pictures(rows, device), NOTES)
+    console.print(f"Results in {', '.join(map(str, files))}")
+
+
 def run(argv: Sequence[str], description: str) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="gsto bench ops", description=description, allow_abbrev=False)
@@ -174,29 +183,28 @@ def run(argv: Sequence[str], description: str) -> int:
     passes = choose("pass", options.passes, PASSES, PASSES)
     cases = choose_cases(options.only, options.quick, batch)
 
-    console = Console(width=150)
-    rows: list[report.Row] = []
-    wrong: list[str] = []
     todo = [
-        (case, layout, dtype, name)
+        (case, layout, dtype, name == "forward+backward")
         for case, layout, dtype, name in product(cases, layouts, dtypes, passes)
         if name == "forward" or case.differentiable
     ]
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("operators", total=len(todo))
-        for case, layout, dtype, name in todo:
-            progress.update(task, description=str(case))
-            backward = name == "forward+backward"
-            found, refused = measure(case, device, dtype, layout, backward, contestants, rounds)
-            rows += found
-            wrong += refused
-            progress.advance(task)
-    for operator in dict.fromkeys(row["operator"] for row in rows):
-        console.print(as_table([row for row in rows if row["operator"] == operator], device.kernels))
-    title = f"operators on {device_type}, {rounds} rounds"
-    console.print(f"{title}; milliseconds; ratios of the fastest kernels.\n{report.describe(report.machine())}")
-    files = report.write(options.out, "ops", title, rows, make_pictures(rows, device), NOTES)
-    console.print(f"Results in {', '.join(map(str, files))}")
+    if not todo:
+        raise UsageError(f"--pass {' '.join(passes)}: {cases[0].operator} has no gradient")
+
+    console = Console(width=150)
+    rows: list[report.Row] = []
+    wrong: list[str] = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("operators", total=len(todo))
+            for case, layout, dtype, backward in todo:
+                progress.update(task, description=str(case))
+                found, refused = measure(case, device, dtype, layout, backward, contestants, rounds)
+                rows += found
+                wrong += refused
+                progress.advance(task)
+    finally:  # what was measured before a failure, or before Ctrl-C, is not lost
+        show(console, f"operators on {device_type}, {rounds} rounds", rows, device, options.out)
     if wrong:
         raise TrainingError("\n".join(["results that are wrong, and have no time:", *wrong]))
     return 0

@@ -110,21 +110,22 @@ def test_compiled_contestants_differ_in_form_and_mode(monkeypatch):
     ]
 
 
-def bench(monkeypatch, out, *options, chosen=TINY):
+def bench(monkeypatch, out, *options, chosen=TINY, device="cpu"):
     """The exit status and the rows of a run over these cases."""
     monkeypatch.setattr(ops, "CASES", chosen)
-    monkeypatch.setattr(ops, "QUICK", chosen[:1])
-    status = main(["bench", "ops", "--device", "cpu", "--rounds", "3", "--out", str(out), *options])
+    status = main(["bench", "ops", "--device", device, "--rounds", "3", "--out", str(out), *options])
     return status, json.loads((out / "ops.json").read_text())["rows"]
 
 
 def test_command(monkeypatch, tmp_path, capsys):
-    status, rows = bench(monkeypatch, tmp_path, "--batch", "2", "--dtype", "float32", "bfloat16")
+    status, rows = bench(
+        monkeypatch, tmp_path, "--batch", "2", "--layout", "channels_last", "--dtype", "float32", "bfloat16"
+    )
     assert status == 0
     contestants = {"reference", "eager"} | {"cpu"} & set(gsto_ops.available_backends())
     assert {row["contestant"] for row in rows} == contestants
     passes = sum(1 + case.differentiable for case in TINY)
-    assert len(rows) == passes * 2 * 2 * len(contestants)
+    assert len(rows) == passes * 2 * len(contestants)
     assert {row["operator"] for row in rows} == {case.operator for case in TINY}
     assert {row["case"].split(", ")[-1] for row in rows if row["case"].startswith("up2")} == {"N = 2", "N = 3"}
     for row in rows:
@@ -166,6 +167,25 @@ def test_wrong_result_has_no_time(monkeypatch, tmp_path, capsys):
     assert {row["case"] for row in rows if row["contestant"] == "reference"} == {"same size, 8, N = 1"}
     assert len({row["case"] for row in rows if row["contestant"] == "eager"}) == 3
     assert "wrong" in captured.out
+
+
+def test_failure_loses_nothing_that_was_measured(monkeypatch, tmp_path):
+    def fails(*operands):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        bench(monkeypatch, tmp_path, "--with", "reference", chosen=[TINY[3], replace(TINY[0], ours=fails)])
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == {"same size, 8, N = 1"} and len(rows) == 2 * 3 * 2
+
+
+@pytest.mark.gpu
+def test_command_on_a_gpu(monkeypatch, tmp_path):
+    status, rows = bench(monkeypatch, tmp_path, "--batch", "2", device="cuda")
+    assert status == 0
+    assert {row["way"] for row in rows} == {"plain", "graph"}
+    assert {row["contestant"] for row in rows} >= {"reference", "eager"}
+    assert all(row["ms"] > 0 for row in rows)
 
 
 class Scripted(Cpu):
@@ -242,6 +262,10 @@ def test_disturbed_times_are_tried_again_and_left_out():
         (["--dtype", "float64"], "--dtype takes float32, bfloat16, float16; got 'float64'"),
         (["--pass", "backward"], "--pass takes forward, forward+backward; got 'backward'"),
         (["--only", "convolution"], "--only: no case contains 'convolution'; cases are: affine_scale_transfer: "),
+        (
+            ["--only", "statistics", "--pass", "forward+backward"],
+            "--pass forward+backward: channel_statistics has no gradient",
+        ),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
