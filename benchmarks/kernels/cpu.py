@@ -55,9 +55,11 @@ class Cpu:
     def product_rate(self, dtype: torch.dtype) -> float:
         """Multiply-adds per second of a large matrix product; the best of many, as a peak is what the machine can do undisturbed.
 
-        At least half of bfloat16's rate, because an instruction multiplies 32 bfloat16 or 16 float32, and PyTorch's float32
-        product may be far from that (115 of 260 GFLOP/s on one EPYC).
+        float32: at least half of bfloat16's rate, because an instruction multiplies 32 bfloat16 or 16 float32, and PyTorch's
+        float32 product may be far from that (115 of 260 GFLOP/s on one EPYC). float16, multiplied as float32: float32's rate.
         """
+        if dtype == torch.float16:
+            return self.product_rate(torch.float32)
         size = 1024
         a, b = torch.randn(2, size, size).to(dtype)
         rate = size**3 / min(seconds(lambda: a @ b) for _ in range(15))
