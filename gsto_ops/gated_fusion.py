@@ -1,17 +1,18 @@
 """The gated exchange between parallel branches (GFM; arXiv 2005.13363, Section 3.2.1): ``gated_split`` and ``gated_fusion``."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import checks, reference
 from .functional import Activation, Mode, _operators, _outside_autocast
 from .norm_sum import (
     Statistics,
+    makes_new_map,
     norm_sum,
     over_processes,
     process_group,
@@ -87,32 +88,43 @@ def _gated_split(input: Tensor, *operands: Any) -> tuple[Any, ...]:
 
 
 class _GatedConv2d(torch.autograd.Function):
-    """The convolution of a gated copy that keeps the map and the gate for its gradient, which others keep too, not the copy."""
+    """The convolution of a gated copy that keeps the map, which others keep too, and makes the copy again for its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, gated: Tensor, input: Tensor, gate: Tensor, weight: Tensor, options: tuple[Any, ...]
+        ctx: Any,
+        gated: Tensor,
+        weight: Tensor,
+        options: tuple[Any, ...],
+        input: Tensor,
+        gate_weight: Tensor,
+        gate_bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        ctx.save_for_backward(input, gate, weight)
-        ctx.options = options
+        ctx.save_for_backward(weight, input, gate_weight, gate_bias)
+        ctx.options, ctx.activation = options, activation
         return F.conv2d(gated, weight, None, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, gate, weight = ctx.saved_tensors
+        weight, input, gate_weight, gate_bias = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
-        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], False)
+        _, (gated,), *_ = _gated_split(input, gate_weight, gate_bias, None, [], 1, ctx.activation)
+        wanted = (*ctx.needs_input_grad[:2], False)
         grad_gated, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, gate * input, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+            grad, gated, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
         )
-        return grad_gated, None, None, grad_weight, None
+        return grad_gated, grad_weight, *(None,) * 5
 
 
-def _gated_conv2d(gated: Tensor, input: Tensor, gate: Tensor, conv: nn.Conv2d) -> Tensor:
+def _gated_conv2d(
+    gated: Tensor, conv: nn.Conv2d, input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, activation: Activation
+) -> Tensor:
     if not torch.is_grad_enabled() or conv.bias is not None or isinstance(conv.padding, str):
         return conv(gated)
     options = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _GatedConv2d.apply(gated, input.to(gated.dtype), gate, conv.weight.to(gated.dtype), options)
+    weight, *operands = (t if t is None else t.to(gated.dtype) for t in (conv.weight, input, gate_weight, gate_bias))
+    return _GatedConv2d.apply(gated, weight, options, *operands, checks.check_activation(activation))
 
 
 def gated_fusion(
@@ -122,7 +134,8 @@ def gated_fusion(
     *,
     mode: Mode = "bilinear",
     align_corners: bool = False,
-) -> tuple[list[Tensor], list[list[Tensor]]]:
+    return_gate: bool = False,
+) -> Any:
     """The exchange between parallel branches (Section 3.2.1): ``y_i = ReLU(Σ_j transfer_ij(gate_ij * x_j))``.
 
     Each branch is read once for all that leaves it (:func:`gated_split`), each output is written in one pass
@@ -135,26 +148,29 @@ def gated_fusion(
             its norm, and ReLU after all but the last one. Fewer targets than inputs are legal.
         gates: indexed like ``transfers``, the layers of a gate's logit: a 1x1 convolution C_j -> 1 (the paper's form), or that
             with a batch norm and ReLU behind it (the released form); None: no gates, which is HRNetV2's fusion.
-        mode, align_corners: of the upsampling, as in :func:`norm_sum`.
+        mode, align_corners: of the upsampling, as in :func:`norm_sum`. return_gate: whether to return the gates, too.
 
     Returns:
-        (outputs, gates): maps (N, C_i, H_i, W_i); the gates (N, 1, H_j, W_j), indexed [target][source], detached; no gates: [].
+        maps (N, C_i, H_i, W_i), as many as targets. With ``return_gate`` (outputs, gates): the gates (N, 1, H_j, W_j), indexed
+        [target][source], detached; no gates: [].
 
     Raises:
         ValueError, TypeError: as :func:`gated_split` and :func:`norm_sum`; gates of one branch in both modes.
     """
-    targets = range(len(transfers))
+    transfers = [list(row) for row in transfers]  # indexing an nn.ModuleList takes longer than some of the sums
+    gates = None if gates is None else [list(row) for row in gates]
     leaving = [_leave(x, j, transfers, gates) for j, x in enumerate(inputs)]
     outputs = []
-    for i in targets:
-        terms, norms, statistics = [], [], []
+    for i in range(len(transfers)):
+        terms, norms, statistics, inplace = [], [], [], True
         for j in range(len(inputs)):
             if j == i:
                 continue
-            term, known = leaving[j].terms[i]
+            term, known, conv = leaving[j].terms[i]
             terms.append(term)
             norms.append(transfers[i][j][1] if j > i else transfers[i][j][-1][1])
             statistics.append(known)
+            inplace = inplace and makes_new_map(conv)
         own, gate = leaving[i].own
         outputs.append(
             norm_sum(
@@ -166,28 +182,41 @@ def gated_fusion(
                 activation="relu",
                 mode=mode,
                 align_corners=align_corners,
+                inplace=inplace,
             )
         )
-    return outputs, [] if gates is None else [[leaving[j].gates[i] for j in range(len(inputs))] for i in targets]
+    if not return_gate:
+        return outputs
+    if gates is None:
+        return outputs, []
+    single = [dict(zip(order, gate.detach().split(1, 1), strict=True)) for _, _, order, gate in leaving]
+    return outputs, [[single[j][i] for j in range(len(inputs))] for i in range(len(transfers))]
 
 
 class _Leaving(NamedTuple):
-    """What leaves one branch: by target, the un-normalised term and its statistics; the branch's own part; the gates."""
+    """What leaves one branch."""
 
-    terms: dict[int, tuple[Tensor, Statistics | None]]
-    own: tuple[Tensor | None, Tensor | None]
-    gates: dict[int, Tensor]
+    terms: dict[
+        int, tuple[Tensor, Statistics | None, nn.Module]
+    ]  # by target: before its norm, known statistics, convolution
+    own: tuple[Tensor | None, Tensor | None]  # the branch's own part, and a gate that it is still to be multiplied by
+    order: Sequence[int]  # the targets of the gates
+    gate: Tensor  # (N, K, H, W); no gates: the branch itself
 
 
-def _leave(x: Tensor, j: int, transfers: Any, gates: Any) -> _Leaving:
+def _leave(x: Tensor, j: int, transfers: list[list[Any]], gates: list[list[Any]] | None) -> _Leaving:
     finer = [i for i in range(len(transfers)) if i < j]
     coarser = [i for i in range(len(transfers)) if i > j]
     own = [j] if j < len(transfers) else []
-    terms: dict[int, tuple[Tensor, Statistics | None]] = {}
+    terms: dict[int, tuple[Tensor, Statistics | None, nn.Module]] = {}
     if gates is None:
-        terms |= {i: (transfers[i][j][0](x), None) for i in finer}
-        terms |= {i: (_descend(transfers[i][j], transfers[i][j][0][0](x)), None) for i in coarser}
-        return _Leaving(terms, (x, None), {})
+        for i in finer:
+            conv, _ = transfers[i][j]
+            terms[i] = conv(x), None, conv
+        for i in coarser:
+            first, *others = transfers[i][j]
+            terms[i] = _descend(first, others, first[0](x))
+        return _Leaving(terms, (x, None), (), x)
     order = [*finer, *coarser, *own]
     weight, bias, activation = _gate_operands(x, [gates[i][j] for i in order])
     # Where nobody asks for gradients the sum applies the gate itself. In training a copy costs the same bytes: it is written
@@ -203,23 +232,29 @@ def _leave(x: Tensor, j: int, transfers: Any, gates: Any) -> _Leaving:
         copies=len(copied),
         activation=activation,
     )
-    single = dict(zip(order, split.gate.detach().split(1, 1), strict=True))
-    ends = list(accumulate(p.shape[0] for p in projections))
-    for i, projected, end in zip(finer, split.projected, ends, strict=True):
-        rows = slice(end - projected.shape[1], end)
-        terms[i] = projected, (split.mean[rows], split.var[rows])
+    row = 0
+    for i, projected in zip(finer, split.projected, strict=True):
+        conv, norm = transfers[i][j]
+        end = row + projected.shape[1]
+        known = (split.mean[row:end], split.var[row:end]) if uses_batch_statistics(norm) else None
+        terms[i], row = (projected, known, conv), end
     gated = dict(zip(copied, split.gated, strict=True))
-    for i in coarser:
-        terms[i] = _descend(transfers[i][j], _gated_conv2d(gated[i], x, single[i], transfers[i][j][0][0])), None
-    mine = (None, None) if not own else (gated[j], None) if j in gated else (x.to(single[j].dtype), single[j])
-    return _Leaving(terms, mine, single)
+    for k, i in enumerate(coarser, len(finer)):
+        first, *others = transfers[i][j]
+        gate = (weight[k : k + 1], None if bias is None else bias[k : k + 1], activation)
+        terms[i] = _descend(first, others, _gated_conv2d(gated[i], first[0], x, *gate))
+    mine = (None, None) if not own else (gated[j], None) if j in gated else (x.to(split.gate.dtype), split.gate[:, -1:])
+    return _Leaving(terms, mine, order, split.gate)
 
 
-def _descend(steps: Any, x: Tensor) -> Tensor:
+def _descend(first: Any, others: Sequence[Any], x: Tensor) -> tuple[Tensor, None, nn.Module]:
     """The chain of strided convolutions from behind the first one: up to the last one's result, before its norm."""
-    for step, following in zip(steps, list(steps)[1:], strict=False):
-        x = following[0](norm_sum(None, [x], [step[1]], activation="relu"))
-    return x
+    conv, norm, *_ = first
+    for following in others:
+        x = norm_sum(None, [x], [norm], activation="relu", inplace=makes_new_map(conv))
+        conv, norm, *_ = following
+        x = conv(x)
+    return x, None, conv
 
 
 def _gate_operands(x: Tensor, gates: Sequence[Any]) -> tuple[Tensor, Tensor | None, Activation]:
@@ -243,6 +278,12 @@ def _gate_operands(x: Tensor, gates: Sequence[Any]) -> tuple[Tensor, Tensor | No
     return (weight * scale[:, None, None, None]).to(weight.dtype), (beta - mean * scale).to(weight.dtype), "relu"
 
 
+def _moments(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Statistics:
+    """Biased variance and mean of the logits."""
+    var, mean = torch.var_mean(F.conv2d(x, weight).to(dtype), (0, 2, 3), correction=0)
+    return var, mean
+
+
 def _logit_statistics(x: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d], dtype: torch.dtype) -> Statistics:
     """Mean and variance (K,) that the norms of K logits take; in training mode gradients flow through them."""
     if not uses_batch_statistics(norms[0]):
@@ -250,9 +291,12 @@ def _logit_statistics(x: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d]
             torch.cat([getattr(norm, f"running_{name}") for norm in norms]).to(dtype) for name in ("mean", "var")
         ]
         return running[0], running[1]
-    logits = F.conv2d(x, weight)
-    var, mean = torch.var_mean(logits.to(dtype), (0, 2, 3), correction=0)
-    pixels: Any = logits.numel() // logits.shape[1]
+    # The logits are made again for the gradient: one product of x is less than what keeping them, twice, would take.
+    if torch.is_grad_enabled():
+        var, mean = checkpoint(_moments, x, weight, dtype, use_reentrant=False, preserve_rng_state=False)
+    else:
+        var, mean = _moments(x, weight, dtype)
+    pixels: Any = x.shape[0] * x.shape[2] * x.shape[3]
     group = process_group(norms[0])
     if group is not None:
         (mean,), (var,), counts = over_processes([mean], [var], [pixels], group)

@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from . import checks, reference
+from . import checks
 from .functional import Activation, Mode, _operators, scale_transfer
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance of every channel
@@ -25,6 +26,7 @@ def norm_sum(
     activation: Activation = None,
     mode: Mode = "bilinear",
     align_corners: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """``act(gate * input + Σ_k ST(norm_k(term_k)))`` in one pass: normalised maps, upsampled maps and the sum are not written.
 
@@ -39,6 +41,8 @@ def norm_sum(
         norms: a module for every term.
         gate: (N, 1, H, W), or None. statistics: for every term None, or what is known of it already (training mode only).
         activation: None or ``"relu"``. mode: ``"bilinear"`` or ``"nearest"``. align_corners: as in ``F.interpolate``.
+        inplace: the terms are not used any more, so that the result may be written over one of them. It is on CPUs, with norms
+            in eval mode and gradients switched off: new memory costs there more than the sum.
 
     Returns:
         (N, C, H, W) in the dtype of the terms.
@@ -55,14 +59,53 @@ def norm_sum(
     kind = _kind(norms[0])
     if operators is None or kind is None or any(_kind(norm) != kind for norm in norms[1:]):
         return _plain_norm_sum(input, terms, norms, gate, act, mode, align_corners)
-    if input is not None and input.dtype != terms[0].dtype:
-        input = input.to(terms[0].dtype)  # the first block under autocast: the image's dtype meets a convolution's
-    arguments: tuple[Any, ...] = ([], [], [], [], [], False, None, None)
+    dtype = terms[0].dtype
+    if input is not None and input.dtype != dtype:
+        input = input.to(dtype)  # the first block under autocast: the image's dtype meets a convolution's
+    arguments: tuple[Any, ...] = ([], [], [], [], [])
+    others: tuple[Any, ...] = (False, None, None)
     if kind is not nn.Identity:
         batch_norms, (training, group) = cast(Sequence[nn.BatchNorm2d], norms), kind
-        known = statistics or [None] * len(terms)
-        arguments = _norm_arguments(terms, batch_norms, known, training, group, operators)
-    return operators.batch_norm_sum(input, gate, list(terms), *arguments, act, mode, align_corners)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, bias = [_as(norm.weight, wide) for norm in batch_norms], [_as(norm.bias, wide) for norm in batch_norms]
+        eps = [norm.eps for norm in batch_norms]
+        if training:
+            known = statistics or [None] * len(terms)
+            mean, var, counts = _batch_statistics(terms, batch_norms, known, group, operators)
+            others = (True, counts, None if group is None else group.group_name)
+            inplace = False
+        else:
+            mean = [_as(cast(Tensor, norm.running_mean), wide) for norm in batch_norms]
+            var = [_as(cast(Tensor, norm.running_var), wide) for norm in batch_norms]
+        arguments = (mean, var, weight, bias, eps)
+    output = _to_write_over(first, terms) if inplace else None
+    if output is not None:
+        operators.batch_norm_sum_(input, gate, terms, *arguments, act, mode, align_corners)
+        return output
+    return operators.batch_norm_sum(input, gate, list(terms), *arguments, *others, act, mode, align_corners)
+
+
+def makes_new_map(layer: nn.Module) -> bool:
+    """Whether this is a convolution whose result nobody else has seen, which ``norm_sum`` may write over."""
+    return type(layer) is nn.Conv2d and not layer._forward_hooks
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _to_write_over(first: Tensor, terms: Sequence[Tensor]) -> Tensor | None:
+    """The term that takes the result of ``batch_norm_sum_``, if it may: in eager PyTorch on CPUs, without gradients."""
+    if (
+        not first.is_cpu
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    return next((term for term in terms if term is first or term.shape == first.shape), None)
 
 
 def _check_maps(
@@ -75,6 +118,8 @@ def _check_maps(
     first = terms[0] if input is None else input
     checks.check_input(first)
     for k, term in enumerate(terms):
+        if term is first:
+            continue
         if term.dim() != 4 or term.shape[:2] != first.shape[:2] or term.dtype != terms[0].dtype:
             raise ValueError(
                 f"terms[{k}] must be (N, C, H_k, W_k) = ({first.shape[0]}, {first.shape[1]}, any, any) of {terms[0].dtype}, "
@@ -101,21 +146,14 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None or norm.running_var is None
 
 
-def _norm_arguments(
+def _batch_statistics(
     terms: Sequence[Tensor],
     norms: Sequence[nn.BatchNorm2d],
     statistics: Sequence[Statistics | None],
-    training: bool,
     group: Any,
     operators: Any,
-) -> tuple[Any, ...]:
-    """mean, var, weight, bias, eps, training, counts and group of ``batch_norm_sum``."""
-    dtype = reference.statistics_dtype(terms[0])
-    weight, bias = [norm.weight.to(dtype) for norm in norms], [norm.bias.to(dtype) for norm in norms]
-    eps = [norm.eps for norm in norms]
-    if not training:
-        mean, var = ([getattr(norm, f"running_{name}").to(dtype) for norm in norms] for name in ("mean", "var"))
-        return mean, var, weight, bias, eps, False, None, None
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Mean and variance of every term, over all processes of a group, whose numbers of pixels come third."""
     with torch.no_grad():
         known = [operators.channel_statistics(t) if s is None else s for t, s in zip(terms, statistics, strict=True)]
         mean, var = [m for m, _ in known], [v for _, v in known]
@@ -129,7 +167,7 @@ def _norm_arguments(
                 f"batch norm in training mode needs more than one value per channel, got {[tuple(t.shape) for t in terms]}"
             )
         update_running_statistics(norms, mean, var, pixels)
-    return mean, var, weight, bias, eps, True, counts, None if group is None else group.group_name
+    return mean, var, counts
 
 
 def process_group(norm: nn.Module) -> Any:

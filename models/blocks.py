@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import gsto_ops
 from gsto_ops.functional import Mode
 
-from .fused import FusedModule
+from .fused import FusedModule, convolve_norm_relu
 from .scale_equalizer import effective_parameters, fusion_conv
 
 
@@ -21,7 +21,7 @@ class ConvNormReLU(FusedModule, nn.Sequential):
         if not self.fused:
             return super().forward(input)
         conv, norm, _ = self
-        return gsto_ops.norm_sum(None, [conv(input)], [norm], activation="relu")
+        return convolve_norm_relu(input, conv, norm)
 
 
 def conv_norm(
@@ -71,7 +71,7 @@ class LevelsHead(FusedModule, nn.Sequential):
             return super().forward(concat_upsampled(branches, **self.upsampling))
         fusion, norm, _, classifier = self
         x = gsto_ops.projected_sum(branches, *effective_parameters(cast(nn.Conv2d, fusion)), **self.upsampling)
-        return classifier(gsto_ops.norm_sum(None, [x], [norm], activation="relu"))
+        return classifier(gsto_ops.norm_sum(None, [x], [norm], activation="relu", inplace=True))
 
 
 def concat_upsampled(branches: Sequence[Tensor], mode: Mode = "bilinear", align_corners: bool = False) -> Tensor:
@@ -108,8 +108,8 @@ class BasicBlock(FusedModule):
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, channels, H, W) to the same shape."""
         if self.fused and isinstance(self.gate1, nn.Identity):
-            x = gsto_ops.norm_sum(None, [self.conv1(input)], [self.bn1], activation="relu")
-            return gsto_ops.norm_sum(input, [self.conv2(x)], [self.bn2], activation="relu")
+            x = convolve_norm_relu(input, self.conv1, self.bn1)
+            return convolve_norm_relu(x, self.conv2, self.bn2, input)
         x = self.gate1(self.relu(self.bn1(self.conv1(input))))
         return self.relu(self.gate2(self.bn2(self.conv2(x))) + input)
 
@@ -145,10 +145,10 @@ class Bottleneck(FusedModule):
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, 4 * planes, ceil(H / stride), ceil(W / stride))."""
         if self.fused and isinstance(self.gate1, nn.Identity):
-            x = gsto_ops.norm_sum(None, [self.conv1(input)], [self.bn1], activation="relu")
-            x = gsto_ops.norm_sum(None, [self.conv2(x)], [self.bn2], activation="relu")
+            x = convolve_norm_relu(input, self.conv1, self.bn1)
+            x = convolve_norm_relu(x, self.conv2, self.bn2)
             if isinstance(self.downsample, nn.Identity):
-                return gsto_ops.norm_sum(input, [self.conv3(x)], [self.bn3], activation="relu")
+                return convolve_norm_relu(x, self.conv3, self.bn3, input)
             conv, norm = self.downsample
             return gsto_ops.norm_sum(None, [self.conv3(x), conv(input)], [self.bn3, norm], activation="relu")
         x = self.gate1(self.relu(self.bn1(self.conv1(input))))

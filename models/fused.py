@@ -3,13 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+
+import gsto_ops
+from gsto_ops.norm_sum import makes_new_map
 
 
 class FusedModule(nn.Module):
     """Base of the modules whose batch norms, sums and upsampling run in one pass; `fused` False: one operator after the other."""
 
     fused: bool = True
+
+
+def convolve_norm_relu(input: Tensor, conv: nn.Module, norm: nn.Module, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(input)) + residual), all behind the convolution in one pass."""
+    return gsto_ops.norm_sum(residual, [conv(input)], [norm], activation="relu", inplace=makes_new_map(conv))
 
 
 @contextmanager

@@ -67,8 +67,11 @@ class MultiBranchModule(GatedModule, FusedModule):
         """Map one tensor (N, C_j, H_j, W_j) per branch to a list of the same shapes (its first `outputs` ones)."""
         x = [branch(input) for branch, input in zip(self.branches, inputs, strict=True)]
         if self.fused and (self.att_layers is None or self.gate_form in GATE_FORMS):
-            sums, gates = gsto_ops.gated_fusion(x, self.fuse_layers, self.att_layers, **self.upsampling)
-            if self.gate_recorder is not None:
+            fusion = x, self.fuse_layers, self.att_layers
+            if self.gate_recorder is None:
+                sums = gsto_ops.gated_fusion(*fusion, **self.upsampling)
+            else:
+                sums, gates = gsto_ops.gated_fusion(*fusion, **self.upsampling, return_gate=True)
                 for target, row in enumerate(gates):
                     for source, gate in enumerate(row):
                         self.gate_recorder(f"att_layers.{target}.{source}", gate)

@@ -57,7 +57,7 @@ class TransitionGate(GatedModule, FusedModule):
         first, *shrinking = cast(Any, self.get_submodule(self.layers_name))
         if self.fused and len(levels) > 1:
             logit = gsto_ops.projected_sum(levels, first[0].weight, **self.upsampling)
-            logit = gsto_ops.norm_sum(None, [logit], [first[1]], activation="relu")
+            logit = gsto_ops.norm_sum(None, [logit], [first[1]], activation="relu", inplace=True)
         else:
             logit = first(concat_upsampled(levels, **self.upsampling))
         for layers in shrinking:

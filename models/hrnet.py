@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import gsto_ops
-
 from .blocks import Bottleneck, LevelsHead, concat_upsampled, conv_norm, conv_norm_relu
 from .checks import check_image, check_num_classes
 from .config import TRANSITION_STAGES, Options, Task, Trunk
-from .fused import FusedModule, set_fused
+from .fused import FusedModule, convolve_norm_relu, set_fused
 from .gated_fusion import MultiBranchModule
 from .gated_transition import TransitionGate, TransitionTransfer
 from .gates import GatedModule
@@ -94,8 +92,8 @@ class HRNet(FusedModule):
             ValueError: `input` does not have four dimensions, three channels, and H, W >= 32.
         """
         check_image(input)
-        x = self.gate1(self._norm_relu(self.bn1, self.conv1(input)))
-        branches = [self.layer1(self.gate2(self._norm_relu(self.bn2, self.conv2(x))))]
+        x = self.gate1(self._convolve(input, self.conv1, self.bn1))
+        branches = [self.layer1(self.gate2(self._convolve(x, self.conv2, self.bn2)))]
         class_maps: list[Tensor] = []
         for stage in TRANSITION_STAGES:
             branches, class_map = self._transition(branches, stage)
@@ -138,8 +136,8 @@ class HRNet(FusedModule):
             branches = checkpoint(module, branches, use_reentrant=False, context_fn=again)
         return branches
 
-    def _norm_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return gsto_ops.norm_sum(None, [x], [norm], activation="relu") if self.fused else self.relu(norm(x))
+    def _convolve(self, x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+        return convolve_norm_relu(x, conv, norm) if self.fused else self.relu(norm(conv(x)))
 
     def _transition(self, branches: list[Tensor], stage: int) -> tuple[list[Tensor], Tensor | None]:
         """The branches with a new one behind them, and the class map if the gate or an auxiliary loss reads one."""

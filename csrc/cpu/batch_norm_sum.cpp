@@ -106,15 +106,12 @@ ResampleMode upsampling(const char* op, StringHandle handle) {
   return mode == "nearest" ? ResampleMode::kNearest : ResampleMode::kBilinear;
 }
 
-Tensor forward(OptionalTensor input, OptionalTensor gate, std::vector<Tensor> terms, std::vector<Tensor> mean,
-               std::vector<Tensor> var, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<double> eps,
-               bool, OptionalTensor, std::optional<StringHandle> group, StringHandle activation, StringHandle mode,
-               bool align_corners) {
-  if (group.has_value()) text_of(*group);  // an owned string: only the gradient has a use for it
-  STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum: terms must not be empty");
-  const Tensor& first = input.has_value() ? *input : terms[0];
-  const Operator op("batch_norm_sum", first);
-  const bool planar = is_planar(first);
+// The sum of `terms`, to `output`.
+void sum(const Operator& op, OptionalTensor input, OptionalTensor gate, const std::vector<Tensor>& terms,
+         const std::vector<Tensor>& mean, const std::vector<Tensor>& var, const std::vector<Tensor>& weight,
+         const std::vector<Tensor>& bias, const std::vector<double>& eps, StringHandle activation, StringHandle mode,
+         bool align_corners, const Tensor& output) {
+  const bool planar = is_planar(op.input);
   Terms list(op, terms, op.height, op.width, planar);
   list.set("mean", mean, &NormTerm::mean);
   list.set("var", var, &NormTerm::var);
@@ -127,17 +124,45 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, std::vector<Tensor> te
   p.normed = !mean.empty();
   STD_TORCH_CHECK(mean.size() == var.size() && mean.size() == weight.size() && mean.size() == bias.size() &&
                       mean.size() == eps.size(),
-                  "gsto_ops::batch_norm_sum: mean, var, weight, bias and eps must be as many as the terms, or none");
+                  "gsto_ops::", op.name, ": mean, var, weight, bias and eps must be as many as the terms, or none");
   op.check("gate", gate, {op.batch, 1, op.height, op.width});
-  STD_TORCH_CHECK(!gate.has_value() || input.has_value(), "gsto_ops::batch_norm_sum: gate needs an input");
+  STD_TORCH_CHECK(!gate.has_value() || input.has_value(), "gsto_ops::", op.name, ": gate needs an input");
   const OptionalTensor own = input.has_value() ? OptionalTensor(with_lines(*input, planar)) : std::nullopt;
-  const Tensor output = op.new_map(op.channels, op.height, op.width);
   p.input = view(own);
   p.gate = view(gate);
   p.output = view(output);
   join_rows(p);
   chosen_kernels().batch_norm_sum(op.call(op.height * op.width), p);
+}
+
+Tensor forward(OptionalTensor input, OptionalTensor gate, std::vector<Tensor> terms, std::vector<Tensor> mean,
+               std::vector<Tensor> var, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<double> eps,
+               bool, OptionalTensor, std::optional<StringHandle> group, StringHandle activation, StringHandle mode,
+               bool align_corners) {
+  if (group.has_value()) text_of(*group);  // an owned string: only the gradient has a use for it
+  STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum: terms must not be empty");
+  const Operator op("batch_norm_sum", input.has_value() ? *input : terms[0]);
+  const Tensor output = op.new_map(op.channels, op.height, op.width);
+  sum(op, input, gate, terms, mean, var, weight, bias, eps, activation, mode, align_corners, output);
   return output;
+}
+
+// Every value of a term of the output's size is read before the one at its place is written.
+void forward_in_place(OptionalTensor input, OptionalTensor gate, std::vector<Tensor> terms, std::vector<Tensor> mean,
+                      std::vector<Tensor> var, std::vector<Tensor> weight, std::vector<Tensor> bias,
+                      std::vector<double> eps, StringHandle activation, StringHandle mode, bool align_corners) {
+  STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum_: terms must not be empty");
+  const Operator op("batch_norm_sum_", input.has_value() ? *input : terms[0]);
+  size_t k = 0;
+  while (k < terms.size() && (terms[k].dim() != 4 || terms[k].size(2) != op.height || terms[k].size(3) != op.width))
+    ++k;
+  STD_TORCH_CHECK(k < terms.size(), "gsto_ops::batch_norm_sum_: no term has the size of the sum, ", op.height, " x ",
+                  op.width);
+  const Tensor lines = with_lines(terms[k], is_planar(op.input));
+  const bool direct = lines.data_ptr() == terms[k].data_ptr();
+  const Tensor output = direct ? terms[k] : op.new_map(op.channels, op.height, op.width);
+  sum(op, input, gate, terms, mean, var, weight, bias, eps, activation, mode, align_corners, output);
+  if (!direct) torch::stable::copy_(terms[k], output);
 }
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> backward(const Tensor& grad_output, OptionalTensor output,
@@ -239,6 +264,7 @@ std::vector<Tensor> backward_terms(const Tensor& grad_sum, std::vector<Tensor> g
 
 STABLE_TORCH_LIBRARY_IMPL(gsto_ops, CPU, m) {
   m.impl("batch_norm_sum", TORCH_BOX(&gsto::cpu::forward));
+  m.impl("batch_norm_sum_", TORCH_BOX(&gsto::cpu::forward_in_place));
   m.impl("batch_norm_sum_backward", TORCH_BOX(&gsto::cpu::backward));
   m.impl("batch_norm_sum_backward_terms", TORCH_BOX(&gsto::cpu::backward_terms));
 }

@@ -6,6 +6,9 @@ epilogue of ``gated_split``), and the gradient of a term includes what flows thr
 
 The gradient takes two passes, because the second one needs sums over all pixels of the first; across processes (``group``) the
 sums are added up in between.
+
+``batch_norm_sum_`` is the sum with norms in eval mode, written to the first term of the output's size: for CPUs, where new memory
+costs more than the sum (see ``norm_sum``). It records no gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +20,16 @@ from torch import Tensor
 
 from .. import reference
 from .autograd import differentiable_backward
-from .library import define, empty_like_layout, layout_of, register
+from .library import define, empty_like_layout, layout_of, libraries, operators, register
 
 NORMS = "Tensor[] mean, Tensor[] var, Tensor[] weight"
 SCHEMA = (
     f"(Tensor? input, Tensor? gate, Tensor[] terms, {NORMS}, Tensor[] bias, float[] eps, bool training, Tensor? counts, "
     "str? group, str activation, str mode, bool align_corners) -> Tensor"
+)
+IN_PLACE_SCHEMA = (
+    f"(Tensor? input, Tensor? gate, Tensor(a!)[] terms, {NORMS}, Tensor[] bias, float[] eps, str activation, str mode, "
+    "bool align_corners) -> ()"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad_output, Tensor? output, Tensor[] terms, Tensor[] mean, str mode, bool align_corners) -> "
@@ -53,6 +60,16 @@ def _kernel(
     first = terms[0] if input is None else input
     output = output.contiguous(memory_format=layout_of(first))
     return output.clone() if output is first else output
+
+
+def _in_place_kernel(input: Tensor | None, gate: Tensor | None, terms: Sequence[Tensor], *others: Any) -> None:
+    size = terms[0].shape if input is None else input.shape
+    target = next(term for term in terms if term.shape == size)
+    target.copy_(reference.batch_norm_sum(input, gate, terms, *others))
+
+
+def _in_place_fake(*operands: Any) -> None:
+    return None
 
 
 def _fake(input: Tensor | None, gate: Tensor | None, terms: Sequence[Tensor], *others: Any) -> Tensor:
@@ -226,3 +243,7 @@ register(
     _backward,
     autocast=False,
 )
+libraries["gsto_ops"].define(f"batch_norm_sum_{IN_PLACE_SCHEMA}")
+libraries["gsto_ops"].impl("batch_norm_sum_", _in_place_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("gsto_ops::batch_norm_sum_", _in_place_fake, lib=libraries["gsto_ops"])
+operators["gsto_ops"].batch_norm_sum_ = torch.ops.gsto_ops.batch_norm_sum_.default

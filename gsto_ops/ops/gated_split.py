@@ -8,7 +8,7 @@ With ReLU on the logits a gate of 0.5 is one whose ReLU is closed. So is, in bfl
 logits between 0 and 0.004 is left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -80,21 +80,21 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     input, gate_weight, gate_bias, weight, ctx.split, ctx.copies, ctx.activation = inputs
-    # Neither projections nor gated copies: the gradient needs only the input and the gates.
-    ctx.save_for_backward(input, output[2], gate_weight, gate_bias, weight)
+    # Neither projections nor gated copies nor gates: all of it can be made again from the input.
+    ctx.save_for_backward(input, gate_weight, gate_bias, weight)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    operator: Callable,
+    operator: Any,
     ctx: Any,
     grad_projected: Sequence[Tensor | None],
     grad_gated: Sequence[Tensor | None],
     grad_gate: Tensor | None,
     *grads_of_statistics: None,
 ) -> tuple[Any, ...]:
-    input, gate, gate_weight, gate_bias, weight = ctx.saved_tensors
+    input, gate_weight, gate_bias, weight = ctx.saved_tensors
     grads = (*grad_projected, *grad_gated, grad_gate)
     no_grads = (None,) * 3
     if all(grad is None for grad in grads):
@@ -108,6 +108,8 @@ def _backward(
 
         operands = (input, gate_weight, gate_bias, weight)
         return *differentiable_backward(function, operands, ctx.needs_input_grad, grads), *no_grads
+    forward = getattr(torch.ops, operator.namespace).gated_split.default
+    _, _, gate, _, _ = forward(input, gate_weight, gate_bias, None, [], 0, ctx.activation)
     zero = input.new_zeros(())
     batch, channels, height, width = input.shape
     found = operator(
