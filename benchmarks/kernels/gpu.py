@@ -21,7 +21,8 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # "thread_local": other threads, a loader's that pins memory for one, go on with what a capture does not allow.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from ..sampling import run_seed
-from .graph import GraphedLoss, check_cuda_graph
+from .graph import GraphedStep, check_cuda_graph, prepare_optimizer
 from .loss_watch import LossWatch
 from .optimization import OPTIMIZERS, SCHEDULES, make_optimizer, multistep_factor, poly_factor
 
@@ -33,7 +34,8 @@ class TrainingTask(LightningModule, ABC):
         gamma: factor of "multistep".
         channels_last: run the network on channels-last tensors.
         compile: run the network through torch.compile.
-        cuda_graph: replay forward and backward pass as CUDA graphs; for one GPU, without accumulation. Not run on a GPU yet.
+        cuda_graph: replay the whole step, the optimizer's too, as one CUDA graph; for one GPU, without accumulation. Not run on
+            a GPU yet.
 
     Attributes:
         headline: name of the metric, the higher the better, that chooses best.ckpt.
@@ -106,16 +108,23 @@ class TrainingTask(LightningModule, ABC):
             self.network.compile()  # in place, so that the names in checkpoints stay
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Lightning cannot clip gradients for a fused optimizer under mixed precision
-        fused = not self.trainer.gradient_clip_val
-        return make_optimizer(self.optimizer, self.parameters(), **self.optimization, fused=fused)
+        return make_optimizer(self.optimizer, self.parameters(), **self.optimization, fused=self.fused_optimizer())
+
+    def fused_optimizer(self) -> bool:
+        """Whether one kernel updates all parameters; Lightning cannot clip gradients for that under mixed precision."""
+        return self.cuda_graph or not self.trainer.gradient_clip_val
 
     def on_train_start(self) -> None:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("the learning rate decays over the whole run: trainer.max_epochs or max_steps must be set")
         self.total_steps = int(total)
-        self.step_loss = GraphedLoss(self) if self.cuda_graph else self.training_loss
+        (optimizer,) = self.trainer.optimizers
+        prepare_optimizer(optimizer, self.cuda_graph, self.fused_optimizer(), self.device)
+        self.step_loss: Callable[[Any], Tensor] = self.training_loss
+        if self.cuda_graph:
+            clip_by = str(self.trainer.gradient_clip_algorithm or "norm")
+            self.step_loss = GraphedStep(self, optimizer, self.trainer.gradient_clip_val, clip_by)
         self.loss_watch = LossWatch(Path(self.trainer.default_root_dir), self.global_rank)
 
     def learning_rate(self) -> float:
@@ -132,16 +141,29 @@ class TrainingTask(LightningModule, ABC):
         place = (run_seed(), self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         for group in self.optimizers().param_groups:
-            group["lr"] = self.learning_rate()
+            if self.cuda_graph:
+                group["lr"].fill_(self.learning_rate())
+            else:
+                group["lr"] = self.learning_rate()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.step_loss(batch)
         self.loss_watch.put(loss.detach(), batch, self.global_step, batch_idx)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch[0]))
         # a tensor, since Lightning copies numbers to the GPU, and such a copy waits until all its work is done
-        rate = torch.tensor(self.optimizers().param_groups[0]["lr"])
+        rate = torch.tensor(self.learning_rate())
         self.log("train/lr", rate, batch_size=len(batch[0]))
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self.cuda_graph:  # where it is part of the graph
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.cuda_graph:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_end(self) -> None:
         self.loss_watch.check()

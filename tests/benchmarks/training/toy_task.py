@@ -99,7 +99,7 @@ class Trace(Callback):
             file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.write(trainer, epoch=trainer.current_epoch, loss=outputs["loss"].item(), names=batch[2], lr=rate)
 
     def on_validation_epoch_end(self, trainer, task):
