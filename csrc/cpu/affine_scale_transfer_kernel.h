@@ -25,21 +25,38 @@ struct AffineScaleTransfer {
   }
 
   // Input pixels, of which a resampling reads act(scale x + shift): bilinear enlarging does so up to four times, which
-  // takes less than a tile in between.
+  // takes less than a tile in between. Without an activation the affine waits for the sum, as the weights add up to
+  // one.
+  template <bool kRelu>
   struct AffineRun : Run<S> {
     const AffineScaleTransfer& of;
 
     AffineRun(const Run<S>& run, const AffineScaleTransfer& transfer) : Run<S>(run), of(transfer) {}
-    Vec<A> value(const S* at, int64_t c) const {
-      return of.activate(load(of.scale.data() + c) * load(at) + load(of.shift.data() + c));
+
+    template <int kVectors>
+    struct Channels {
+      Vec<A> scale[kVectors], shift[kVectors];
+
+      Vec<A> value(const S* at, int v) const { return kRelu ? relu(scale[v] * load(at) + shift[v]) : load(at); }
+      Vec<A> result(Vec<A> sum, int v) const { return kRelu ? sum : scale[v] * sum + shift[v]; }
+    };
+    template <int kVectors>
+    Channels<kVectors> channels(int64_t c) const {
+      Channels<kVectors> found;
+      for (int v = 0; v < kVectors; ++v) {
+        found.scale[v] = load(of.scale.data() + c + v * kLanes<A>);
+        found.shift[v] = load(of.shift.data() + c + v * kLanes<A>);
+      }
+      return found;
     }
   };
 
   Vec<A> activate(Vec<A> value) const { return p.relu ? relu(value) : value; }
 
-  // to = act(scale x + shift), which may be the same tile.
-  void affine_pixels(const A* x, int64_t count, A* to) const {
-    for (int64_t i = 0; i < count; ++i, x += row, to += row)
+  // to = act(scale x + shift), which may be the same pixels; tiles, or memory whose pixels are whole vectors.
+  template <class T>
+  void affine_pixels(const T* x, int64_t x_row, int64_t count, T* to, int64_t to_row) const {
+    for (int64_t i = 0; i < count; ++i, x += x_row, to += to_row)
       for (int64_t c = 0; c < row; c += kLanes<A>)
         store(to + c, activate(load(scale.data() + c) * load(x + c) + load(shift.data() + c)));
   }
@@ -53,31 +70,38 @@ struct AffineScaleTransfer {
 
   void forward() const {
     if (!identity && is_run<S>(p.input, p.channels)) {
-      resample_to<S>(call, Blocks<A>(p.batch, call.rows, call.cols, p.channels), p.channels, p.output,
-                     [&](int64_t n, int64_t h, int64_t w, int64_t, A*) {
-                       return AffineRun{{pixel<S>(p.input, n, h, w), p.input.stride_w}, *this};
-                     });
+      p.relu ? forward_run<true>() : forward_run<false>();
     } else if (!identity) {
-      const Blocks<A> blocks(p.batch, call.rows, call.cols, p.channels);
-      resample_to<S>(call, blocks, p.channels, p.output,
+      resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
                      [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
-                       affine_pixels(tile_of<S>(p.input, p.channels, n, h, w, count, buffer), count, buffer);
+                       affine_pixels(tile_of<S>(p.input, p.channels, n, h, w, count, buffer), row, count, buffer, row);
                        return buffer;
                      });
     } else if (planar(p.input) && planar(p.output)) {
       forward_planes();
     } else {
       const Pixels pixels = pixels_of({});
+      const bool runs = is_run<S>(p.input, p.channels) && is_run<S>(p.output, p.channels);
       parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
-        const Buffer<A> tile(pixels.chunk * row);
+        const Buffer<A> tile(runs ? 0 : pixels.chunk * row);
         pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+          if (runs)
+            return affine_pixels(pixel<S>(p.input, n, h, w), p.input.stride_w, count,
+                                 mutable_pixel<S>(p.output, n, h, w), p.output.stride_w);
           const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, tile.data());
-          A* to = tile_for<S>(p.output, p.channels, n, h, w, tile.data());
-          affine_pixels(x, count, to);
-          finish_tile<S>(p.output, p.channels, n, h, w, count, to);
+          affine_pixels(x, row, count, tile.data(), row);
+          store_pixels<S>(p.output, p.channels, n, h, w, count, tile.data());
         });
       });
     }
+  }
+
+  template <bool kRelu>
+  void forward_run() const {
+    resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
+                   [&](int64_t n, int64_t h, int64_t w, int64_t, A*) {
+                     return AffineRun<kRelu>({pixel<S>(p.input, n, h, w), p.input.stride_w}, *this);
+                   });
   }
 
   // NCHW without resampling needs no transposition: calls f(n, c, h, pixels) for each plane, or for its rows.
@@ -113,8 +137,10 @@ struct AffineScaleTransfer {
     return factor * u;
   }
 
-  // u and the result may be the same tile.
-  void backward_pixels(const A* x, const A* u, int64_t count, A* to, A* sums) const {
+  // u and the result may be the same pixels; tiles, or memory whose pixels are whole vectors.
+  template <class X, class U>
+  void backward_pixels(const X* x, int64_t x_row, const U* u, int64_t u_row, int64_t count, X* to, int64_t to_row,
+                       A* sums) const {
     constexpr int64_t lanes = kLanes<A>;
     for_vectors<A>(row, [&](int64_t c, auto vectors) {
       Vec<A> factor[vectors], offset[vectors], sum[vectors][2] = {};
@@ -122,10 +148,12 @@ struct AffineScaleTransfer {
         factor[v] = load(scale.data() + c + v * lanes);
         offset[v] = load(shift.data() + c + v * lanes);
       }
-      for (int64_t i = c; i < count * row; i += row)
-        for (int v = 0; v < vectors; ++v)
-          store(to + i + v * lanes,
-                backward_vector(load(u + i + v * lanes), load(x + i + v * lanes), factor[v], offset[v], sum[v]));
+      for (int64_t i = 0; i < count; ++i)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = c + v * lanes;
+          store(to + i * to_row + at,
+                backward_vector(load(u + i * u_row + at), load(x + i * x_row + at), factor[v], offset[v], sum[v]));
+        }
       for (int v = 0; v < vectors; ++v) {
         for (int64_t s = 0; s < 2; ++s) {
           A* total = sums + s * row + c + v * lanes;
@@ -137,13 +165,18 @@ struct AffineScaleTransfer {
 
   void backward() const {
     if (identity && planar(p.input) && planar(p.grad_output) && planar(p.grad_input)) return backward_planes();
-    // make(to) returns a run of the gradient of act's result, which it may write there.
-    const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make, A* tile, A* x_tile,
-                            A* sums) {
-      A* to = tile_for<S>(p.grad_input, p.channels, n, h, w, tile);
-      const A* u = make(to);
-      backward_pixels(tile_of<S>(p.input, p.channels, n, h, w, count, x_tile), u, count, to, sums);
-      finish_tile<S>(p.grad_input, p.channels, n, h, w, count, to);
+    const bool runs = is_run<S>(p.input, p.channels) && is_run<S>(p.grad_input, p.channels);
+    // From u, a run of the gradient of act's result; tile may be u.
+    const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto* u, int64_t u_row, A* tile,
+                            A* x_tile, A* sums) {
+      if (runs) {
+        if (!identity && h + 1 < p.in_height) prefetch_pixels<S>(p.input, p.channels, n, h + 1, w, count);
+        return backward_pixels(pixel<S>(p.input, n, h, w), p.input.stride_w, u, u_row, count,
+                               mutable_pixel<S>(p.grad_input, n, h, w), p.grad_input.stride_w, sums);
+      }
+      const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, x_tile);
+      backward_pixels(x, row, u, u_row, count, tile, row, sums);
+      store_pixels<S>(p.grad_input, p.channels, n, h, w, count, tile);
     };
     const Pixels pixels = pixels_of(p.grad_output);
     const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels);
@@ -152,20 +185,21 @@ struct AffineScaleTransfer {
       const int64_t run = identity ? pixels.chunk : blocks.width;
       const Buffer<A> x(run * row), u(run * row);
       if (identity) {
+        const bool direct = runs && is_run<S>(p.grad_output, p.channels);
         pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-          const auto make = [&](A* to) { return tile_of<S>(p.grad_output, p.channels, n, h, w, count, to); };
-          finish(n, h, w, count, make, u.data(), x.data(), sums);
+          if (direct)
+            return finish(n, h, w, count, pixel<S>(p.grad_output, n, h, w), p.grad_output.stride_w, u.data(), x.data(),
+                          sums);
+          const A* gradient = tile_of<S>(p.grad_output, p.channels, n, h, w, count, u.data());
+          finish(n, h, w, count, gradient, row, u.data(), x.data(), sums);
         });
         return;
       }
       const BlockResampler<A> resampler(blocks, row, row);
       const Buffer<A> buffer(blocks.input_width() * row);
       const auto consume = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
-        const auto made = [&](A* to) {
-          make(to);
-          return static_cast<const A*>(to);
-        };
-        finish(n, h, w, count, made, u.data(), x.data(), sums);
+        make(u.data());
+        finish(n, h, w, count, static_cast<const A*>(u.data()), row, u.data(), x.data(), sums);
       };
       with_source<S>(p.grad_output, p.channels, call.rows_transposed.in, [&](const auto& source) {
         for (int64_t task = begin; task < end; ++task)

@@ -60,8 +60,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
       const Map<A> projected(p.batch, p.in_height * p.in_width, p.out_channels);
       const auto place = [&](int64_t n, int64_t h, int64_t w, A*) { return projected.at(n, h * p.in_width + w); };
       forward_whole(place, [](int64_t, int64_t, int64_t, int64_t, const A*) {});
-      const Blocks<A> blocks(p.batch, call.rows, call.cols, p.out_channels);
-      resample_to<S>(call, blocks, p.out_channels, p.output,
+      resample_to<S>(call, p.batch, call.rows, call.cols, p.out_channels, p.output,
                      [&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return place(n, h, w, nullptr); });
     }
   }
@@ -170,9 +169,9 @@ struct GatedScaleTransfer : GatedPixels<S> {
                      });
     } else if (!shrinks) {
       const Map<A> grad(p.batch, p.in_height * p.in_width, p.out_channels);
-      const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.out_channels);
       with_source<S>(p.grad_output, p.out_channels, p.out_height, [&](const auto& source) {
-        resample_to<A>(call, blocks, grad.row, grad.view(p.in_width), source);
+        resample_to<A>(call, p.batch, call.rows_transposed, call.cols_transposed, grad.row, grad.view(p.in_width),
+                       source);
       });
       Base::backward(this->backward_pixels(this->pixels_per_tile(), {}), 0,
                      [&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.in_width + w); });

@@ -192,7 +192,7 @@ struct UpsampleCrossEntropy {
       const int64_t w = columns.first + o, valid = least(lanes, columns.count - o);
       store_map(p.logsumexp, columns.n, h, w, logsumexp, valid);
 
-      Vec<A> factor, picked;
+      Vec<A> factor = {}, picked;
       columns.weights_of(o, &factor);
       for (int64_t j = 0; j < lanes; ++j) picked[j] = scores[most(0, columns.labels.data()[o + j]) * lanes + j];
       // An ignored pixel has no loss, even where its logits are not finite.
@@ -269,7 +269,7 @@ struct UpsampleCrossEntropy {
   void backward_row(const Columns& columns, int64_t h, const X& x, const A* weights, A* upper, A* lower) const {
     const A w0 = weights[0], w1 = kTaps > 1 ? weights[1] : A(0), divisor = static_cast<A>(p.divisor);
     for (int64_t o = 0; o < columns.count; o += lanes) {
-      Vec<A> factor;
+      Vec<A> factor = {};
       if (!columns.weights_of(o, &factor)) continue;
       const int64_t w = columns.first + o, valid = least(lanes, columns.count - o);
       const Vec<A> grad = factor * (load_map(p.grad_loss, columns.n, h, w, valid) / divisor);
