@@ -13,7 +13,7 @@ from pathlib import Path
 import gsto_ops.backends
 
 from .configs import resolve_config_names, shipped_configs
-from .errors import TrainingError, UsageError
+from .errors import ExportError, TrainingError, UsageError
 
 COMMANDS = {
     "demo": "train a GSTO-HRNet on generated street scenes and show what it learned, in minutes",
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"gsto: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (ExportError, TrainingError) as error:
         print(f"gsto: {error}", file=sys.stderr)
         return 1
     return 0

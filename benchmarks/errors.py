@@ -22,3 +22,7 @@ class DataError(UsageError):
 
 class TrainingError(RuntimeError):
     """A run cannot start or go on; the message says what happened, what is left and what to change."""
+
+
+class ExportError(RuntimeError):
+    """An exported file computes something else than its network; the message says by how much, and that it is removed."""

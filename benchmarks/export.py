@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gsto_models
 
-from .errors import UsageError
+from .errors import ExportError, UsageError
 from .networks import load_network
 
 SUFFIXES = (".onnx", ".pt2")
@@ -42,7 +42,7 @@ def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, open
 
     Raises:
         ValueError: another suffix; a network in training mode, or one that cannot be traced with these axes open.
-        RuntimeError: the file computes something else.
+        ExportError: the file computes something else. It is removed.
         ModuleNotFoundError: the packages that ONNX needs are missing.
     """
     if out.suffix not in SUFFIXES:
@@ -64,9 +64,9 @@ def export_network(network: nn.Module, out: Path, size: tuple[int, int], *, open
     shapes = [tuple(n if dim in left_open else image.shape[dim] for dim, n in enumerate(other)) for other in others]
     try:
         checked = _check(_runner(out), network, list(dict.fromkeys([tuple(image.shape), *shapes])))
-    except RuntimeError:
+    except ExportError as error:
         out.unlink()
-        raise
+        raise ExportError(f"{out} is removed: {error}") from None
     names = [[name for dim, name in AXES.items() if (dim in left_open) == is_open] for is_open in (True, False)]
     return "\n".join(
         [
@@ -141,7 +141,7 @@ def _check(run: Callable[[Tensor], Tensor], network: nn.Module, shapes: Sequence
             f"(the network in float32: {own:.1e})"
         )
         if not program <= max(TOLERANCE, 4 * own):
-            raise RuntimeError(f"the exported program is wrong: {line}")
+            raise ExportError(f"the exported program is wrong: {line}")
         lines.append(line)
     return lines
 
@@ -157,7 +157,7 @@ def run(argv: Sequence[str], description: str) -> None:
     """The command; prints what `export_network` returns.
 
     Raises:
-        UsageError: what `load_network` and `export_network` raise for a wrong command.
+        UsageError: what `load_network` and `export_network` raise for a wrong command. ExportError: as `export_network`.
     """
     parser = argparse.ArgumentParser(prog="gsto export", description=description, allow_abbrev=False)
     parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .onnx, or .pt2 for torch.export.load")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gsto_benchmarks import cli, export
+from gsto_benchmarks.errors import ExportError
 from gsto_models import save_checkpoint
 from gsto_models.aspp import AtrousPyramid
 from gsto_models.config import TASKS, Options, Trunk
@@ -90,8 +91,20 @@ def test_what_cannot_stay_open_is_said(tmp_path):
 def test_a_wrong_program_is_not_left_behind(tmp_path, monkeypatch):
     out = tmp_path / "file.pt2"
     monkeypatch.setattr(export, "_runner", lambda out: lambda image: torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"the exported program is wrong: 1x3x64x96: differs .* by 1\.0e"):
+    with pytest.raises(ExportError, match=r"the exported program is wrong: 1x3x64x96: differs .* by 1\.0e"):
         export.export_network(network("ASPP"), out, (64, 96), open_axes="none")
+    assert not out.exists()
+
+
+def test_the_command_says_in_one_line_that_a_program_is_wrong(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "file.pt2"
+    monkeypatch.setattr(export, "load_network", lambda *args, **options: network("ASPP"))
+    monkeypatch.setattr(export, "_runner", lambda out: lambda image: torch.zeros(1))
+    assert cli.main(["export", str(out), "--open", "none", "--size", "32x64"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"gsto: {out} is removed: the exported program is wrong: 1x3x32x64") and error.count("\n") == 1
+    )
     assert not out.exists()
 
 
