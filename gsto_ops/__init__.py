@@ -21,8 +21,9 @@ from .functional import (
 )
 from .gated_fusion import gated_fusion, gated_split
 from .losses import upsample_cross_entropy
-from .modules import GatedScaleTransfer, gated_norm_transfer
+from .modules import GatedScaleTransfer
 from .norm_sum import norm_sum, projected_sum
+from .norm_transfer import gated_batch_norm_transfer, gated_norm_transfer
 
 __version__ = version("gsto_ops")
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "available_backends",
     "convert",
     "fold",
+    "gated_batch_norm_transfer",
     "gated_fusion",
     "gated_norm_transfer",
     "gated_projection",

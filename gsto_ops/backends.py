@@ -5,6 +5,7 @@ call), ``reference`` (plain PyTorch, any device). ``auto`` takes the first one t
 reference because of this machine or install, it says so once.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -18,10 +19,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from . import ops  # noqa: F401  (the operators must be defined before the extension adds kernels to them)
+from . import (
+    measured,
+    ops,  # noqa: F401  (the operators must be defined before the extension adds kernels to them)
+)
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = measured.BACKENDS
 DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -189,6 +194,31 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     return found
 
 
+def select_for(operator: str, input: Tensor) -> str:
+    """The backend of one call: :func:`select`'s, or in ``auto`` the one that was measured to be faster for such calls.
+
+    Compiled code takes the former: a size must not decide what is compiled.
+    """
+    backend = select(input.device, input.dtype)
+    if _selected != "auto" or torch.compiler.is_compiling() or not (choices := measured.choices()):
+        return backend
+    faster = choices.get(call_of(operator, input).key, backend)
+    return backend if why_not_call(faster, input.device, input.dtype) else faster
+
+
+def call_of(operator: str, input: Tensor) -> measured.Call:
+    """What ``measured.remember`` files a call under: ``remember(call_of(operator, input), backend)``."""
+    return measured.call_of(_architecture(input.device), operator, input)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    kernels = "no kernels" if _extension is None else _extension.build_info()["instruction_set"]
+    return f"{platform.machine()}-{kernels}".replace(" ", "-")
+
+
 def _select(device: torch.device, dtype: torch.dtype) -> str:
     if _selected == "auto":
         # Triton's interpreter is for tests: it runs only where it is asked for by name.
@@ -222,6 +252,9 @@ def report() -> str:
         lines += [f"  {key}: {value}" for key, value in _extension.build_info().items()]
     if _cuda_extension is not None:
         lines.append("CUDA extension: loaded")
+    lines.append(
+        f"measured choices: {len(measured.SHIPPED)} shipped, {len(measured.TABLE.read())} in {measured.TABLE.path}"
+    )
     lines.append(f"selected: {_selected} (GSTO_BACKEND or gsto_ops.use_backend)")
     if _selected == "auto":
         cpu, gpu = (_select(torch.device(device), torch.float32) for device in ("cpu", "cuda"))

@@ -31,7 +31,8 @@ def check_input(input: Tensor) -> None:
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"input must be a floating-point tensor ({allowed}), got {input.dtype}")
-    if not input.numel() and 0 in input.shape[1:]:
+    shape = input.shape
+    if 0 in shape and 0 in shape[1:]:
         raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(input.shape)}")
 
 
@@ -83,13 +84,14 @@ def check_parameters(
     """:func:`check_parameter` of (name, parameter, shape, meaning) each, in less time where nothing is wrong."""
     wanted, device = dtype or input.dtype, input.device
     for name, parameter, shape, meaning in parameters:
-        if parameter is None or (
-            isinstance(parameter, Tensor)
-            and parameter.dtype is wanted
-            and ((given := parameter.shape) == shape or (shape[0] is None and given[1:] == shape[1:] and given[0] > 0))
-            and parameter.device == device
-        ):
+        if parameter is None:
             continue
+        if isinstance(parameter, Tensor) and parameter.dtype is wanted and parameter.device == device:
+            given = parameter.shape
+            if given == shape:
+                continue
+            if shape[0] is None and len(given) == len(shape) and given == (given[0], *shape[1:]) and given[0] > 0:
+                continue
         check_parameter(name, parameter, shape, input, meaning=meaning, dtype=dtype)
 
 
@@ -100,9 +102,12 @@ def check_projection(weight: Tensor | None, bias: Tensor | None, input: Tensor) 
                 f"bias belongs to the projection: it must be None where weight is None, got shape {tuple(bias.shape)}"
             )
         return
-    check_parameters(input, ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)"))
-    if bias is not None:
-        check_parameters(input, ("bias", bias, (weight.shape[0],), "(out_channels,)"))
+    weights = ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)")
+    if bias is None:
+        check_parameters(input, weights)
+    else:
+        out_channels = weight.shape[:1] if isinstance(weight, Tensor) else ()
+        check_parameters(input, weights, ("bias", bias, out_channels, "(out_channels,)"))
 
 
 def check_mode(mode: str, align_corners: bool) -> None:

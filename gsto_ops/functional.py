@@ -118,7 +118,7 @@ def _gated_scale_transfer(
     scale: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
     operands = (input, gate_weight, gate_bias, weight, bias)
-    operators = _operators(input)
+    operators = _operators("gated_scale_transfer", input)
     if operators is None:
         return reference.gated_scale_transfer(*operands, activation, size, mode, align_corners, scale)
     return operators.gated_scale_transfer(*operands, activation, size, mode, align_corners, *(scale or (None, None)))
@@ -225,7 +225,7 @@ def _supervised_gated_scale_transfer(
     *resampling: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     classifier = (class_weight, class_bias, gate_weight, gate_bias)
-    if _operators(input) is None:
+    if _operators("gated_scale_transfer", input) is None:
         return reference.supervised_gated_scale_transfer(input, *classifier, weight, bias, *resampling)
     class_map = F.conv2d(input, class_weight, class_bias)
     output, gate = _gated_scale_transfer(input, *collapse_gate(*classifier), weight, bias, *resampling)
@@ -275,7 +275,7 @@ def gated_projection(
 
 
 def _gated_projection(input: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operators = _operators(input)
+    operators = _operators("gated_projection", input)
     return (reference if operators is None else operators).gated_projection(input, *operands)
 
 
@@ -313,7 +313,7 @@ def affine_scale_transfer(
     checks.check_mode(mode, align_corners)
     act = checks.check_activation(activation)
     out_size, factors = checks.output_size(input, size, scale_factor)
-    operators = _operators(input)
+    operators = _operators("affine_scale_transfer", input)
     if operators is None:
         return reference.affine_scale_transfer(input, scale, shift, act, out_size, mode, align_corners, factors)
     resampling = (act, out_size, mode, align_corners, *(factors or (None, None)))
@@ -339,25 +339,29 @@ def gated_pyramid_pool(
     if not isinstance(bins, (tuple, list)) or not bins or any(type(b) is not int or b < 1 for b in bins):
         raise ValueError(f"bins must be a list of positive ints, got {bins!r}")
     shape = (len(bins), input.shape[1], 1, 1)
-    checks.check_parameter("gate_weight", gate_weight, shape, input, meaning="(number of bins, in_channels, 1, 1)")
-    checks.check_parameter("gate_bias", gate_bias, (len(bins),), input, meaning="(number of bins,)")
+    checks.check_parameters(
+        input,
+        ("gate_weight", gate_weight, shape, "(number of bins, in_channels, 1, 1)"),
+        ("gate_bias", gate_bias, (len(bins),), "(number of bins,)"),
+    )
     pooled, gate = _outside_autocast(_gated_pyramid_pool, input, gate_weight, gate_bias, list(bins))
+    batch, channels, _ = pooled.shape
     maps = pooled.split([b * b for b in bins], 2)
-    return [cells.unflatten(2, (b, b)) for cells, b in zip(maps, bins, strict=True)], gate
+    return [cells.view(batch, channels, b, b) for cells, b in zip(maps, bins, strict=True)], gate
 
 
 def _gated_pyramid_pool(
     input: Tensor, gate_weight: Tensor, gate_bias: Tensor | None, bins: list[int]
 ) -> tuple[Tensor, Tensor]:
-    operators = _operators(input)
+    operators = _operators("gated_pyramid_pool", input)
     if operators is None or (input.is_cuda and max(bins) > MAX_CUDA_BIN):
         return reference.gated_pyramid_pool(input, gate_weight, gate_bias, bins)
     return operators.gated_pyramid_pool(input, gate_weight, gate_bias, bins)
 
 
-def _operators(input: Tensor) -> Any:
+def _operators(operator: str, input: Tensor) -> Any:
     """The operators (``ops.library.operators``) that take this input; None for the plain functions of ``reference``."""
-    backend = backends.select(input.device, input.dtype)
+    backend = backends.select_for(operator, input)
     if backend == "reference":
         return None
     return library.operators["gsto_triton" if backend == "triton" else "gsto_ops"]

@@ -80,7 +80,7 @@ def gated_split(
 
 
 def _gated_split(input: Tensor, *operands: Any) -> tuple[Any, ...]:
-    operators = _operators(input)
+    operators = _operators("gated_split", input)
     if operators is not None:
         return operators.gated_split(input, *operands)
     projected, gated, gate, mean, var = reference.gated_split(input, *operands)

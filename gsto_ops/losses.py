@@ -57,7 +57,7 @@ def upsample_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     checks.check_mode("bilinear", align_corners)
-    functions = _operators(input) or reference
+    functions = _operators("upsample_cross_entropy", input) or reference
     loss, _, _ = functions.upsample_cross_entropy(input, target, weight, ignore_index, reduction, align_corners)
     return loss
 

@@ -2,78 +2,12 @@
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from . import checks
 from .checks import ScaleFactor, Size
-from .functional import (
-    Activation,
-    affine_scale_transfer,
-    collapse_gate,
-    gated_projection,
-    gated_scale_transfer,
-    scale_transfer,
-)
-from .norm_sum import update_running_statistics
-
-
-def gated_norm_transfer(
-    input: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    projection: nn.Conv2d,
-    norm: nn.Module | None,
-    *,
-    activation: Activation = None,
-    **transfer: Any,
-) -> Tensor:
-    """Gate, multiply, project, normalise, activate, resample (Fig. 2), with as few passes over memory as ``norm`` allows.
-
-    - No norm (None or ``nn.Identity``), or a batch norm in eval mode, which is folded into the projection: one operator,
-      ``gated_scale_transfer``.
-    - A batch norm in training mode: two operators, ``gated_projection``, whose epilogue makes the batch statistics, and
-      ``affine_scale_transfer``; no normalised map is written. Running statistics are updated as by ``nn.BatchNorm2d``.
-    - Any other norm (SyncBatchNorm, GroupNorm, ...): it runs by itself between the two.
-
-    Args:
-        input: (N, C, H, W). gate_weight: (1, C, 1, 1). gate_bias: (1,) or None.
-        projection: a 1x1 convolution C -> C'; only its parameters are used. norm: a module on (N, C', H, W), or None.
-        activation: None or ``"relu"``. transfer: size or scale_factor, mode, align_corners of ``gated_scale_transfer``.
-
-    Returns:
-        (N, C', H', W').
-
-    Raises:
-        ValueError, TypeError: as ``gated_scale_transfer``; a batch norm in training mode with one value per channel.
-    """
-    gate = (gate_weight, gate_bias)
-    if norm is None or type(norm) is nn.Identity:
-        return gated_scale_transfer(input, *gate, projection.weight, projection.bias, activation=activation, **transfer)
-    if type(norm) is not nn.BatchNorm2d or not norm.affine or projection.bias is not None:
-        output = norm(gated_scale_transfer(input, *gate, projection.weight, projection.bias, scale_factor=1))
-        return scale_transfer(output.relu() if activation == "relu" else output, **transfer)
-    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
-        scale, shift = _affine(norm, norm.running_mean, norm.running_var)
-        weight = (projection.weight * scale[:, None, None, None]).to(projection.weight.dtype)
-        shift = shift.to(projection.weight.dtype)
-        return gated_scale_transfer(input, *gate, weight, shift, activation=activation, **transfer)
-    output, _, mean, var = gated_projection(input, *gate, projection.weight)
-    count = output.numel() // output.shape[1]
-    if count < 2:
-        raise ValueError(
-            f"batch norm in training mode needs more than one value per channel, got {tuple(output.shape)}"
-        )
-    with torch.no_grad():
-        update_running_statistics([norm], [mean], [var], [count])
-    return affine_scale_transfer(output, *_affine(norm, mean, var), activation=activation, **transfer)
-
-
-def _affine(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch norm as x -> scale · x + shift per channel, in float32 whatever the parameters' dtype (float64 for float64)."""
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    scale = norm.weight.to(dtype) * (var.to(dtype) + norm.eps).rsqrt()
-    return scale, norm.bias.to(dtype) - mean.to(dtype) * scale
+from .functional import Activation, collapse_gate, gated_scale_transfer
+from .norm_transfer import gated_norm_transfer
 
 
 class GatedScaleTransfer(nn.Module):

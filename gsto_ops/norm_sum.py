@@ -55,7 +55,7 @@ def norm_sum(
         raise ValueError("mode must be 'bilinear' or 'nearest', got 'avg'")
     checks.check_mode(mode, align_corners)
     act = checks.check_activation(activation)
-    operators = _operators(first)
+    operators = _operators("batch_norm_sum", first)
     kind = _kind(norms[0])
     if operators is None or kind is None or any(_kind(norm) != kind for norm in norms[1:]):
         return _plain_norm_sum(input, terms, norms, gate, act, mode, align_corners)

@@ -103,7 +103,10 @@ class _MultiplyAdds(TorchDispatchMode):
         elif func is torch.ops.gsto_ops.gated_scale_transfer.default:
             # A projection commutes with the resampling, so it may run at the smaller size, unless a ReLU stands between.
             self._add_gated(args[0], args[3], output[0] if args[5] == "none" else args[0])
-        elif func is torch.ops.gsto_ops.gated_projection.default:
+        elif func in (
+            torch.ops.gsto_ops.gated_projection.default,
+            torch.ops.gsto_ops.gated_batch_norm_transfer.default,
+        ):
             self._add_gated(args[0], args[3], args[0])
         elif func is torch.ops.gsto_ops.gated_split.default:
             rows = args[1].shape[0] + sum(args[4])  # the logits of all gates, and the projections

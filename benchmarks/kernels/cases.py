@@ -198,14 +198,12 @@ def affine(name: str, channels: int, size: tuple[int, int], to: tuple[int, int],
 def training(
     name: str, channels: int, out: int, size: tuple[int, int], to: tuple[int, int], relu: bool = False
 ) -> Case:
-    """A projection with a batch norm in training mode: gated_projection, then affine_scale_transfer."""
+    """A projection with a batch norm in training mode: gated_batch_norm_transfer."""
     mode, activation = mode_of(size, to), "relu" if relu else None
 
     def ours(x: Tensor, gate_weight: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor):
-        z, _, mean, var = gsto_ops.gated_projection(x, gate_weight, None, weight)
-        scale = norm_weight * (var + 1e-5).rsqrt()
-        shift = norm_bias - mean * scale
-        return (gsto_ops.affine_scale_transfer(z, scale, shift, activation=activation, size=to, mode=mode),)
+        parameters = (gate_weight, None, weight, norm_weight, norm_bias)
+        return gsto_ops.gated_batch_norm_transfer(x, *parameters, activation=activation, size=to, mode=mode)[:1]
 
     def eager(x: Tensor, gate_weight: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor):
         z = F.conv2d(torch.sigmoid(F.conv2d(x, gate_weight)) * x, weight)
@@ -220,7 +218,8 @@ def training(
 
     shapes = [(1, channels, *size), (1, channels, 1, 1), (out, channels, 1, 1), (out,), (out,)]
     product = channels * (out + 1) * math.prod(size)
-    operator, name = "gated_projection + affine_scale_transfer", f"relu, {name}" if relu else name
+    name = f"relu, {name}" if relu else name
+    operator = "gated_batch_norm_transfer"
     return Case(operator, name, ours, eager, reformulated, shapes, float32=(3, 4), multiply_adds=product, relu=relu)
 
 

@@ -33,23 +33,32 @@ def differentiable(
     )
     returns = len(schema.returns)
 
+    # Looked up once: what follows runs at every call.
+    below_autograd, operator = torch._C._AutoDispatchBelowAutograd, overload._op
+    is_wrapped, any_requires_grad = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._any_requires_grad
+    has_transforms, is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with below_autograd():
+            output = operator(*args)
+        setup_context(ctx, args, output)
+        return output
+
     # An autograd.Function takes and gives tensors side by side: lists are flattened, their lengths follow as one more value.
-    def run(*args: Any) -> Any:
+    def forward_lists(ctx: Any, *flat: Any) -> Any:
+        args: Sequence[Any] = flat
         if in_lists:
-            args = _nested(args[:-1], in_lists, args[-1])
-        with torch._C._AutoDispatchBelowAutograd():
-            output = overload(*args)
-        return _flat(output if returns > 1 else (output,), out_lists) if out_lists else output
+            args, ctx.in_lengths = _nested(flat[:-1], in_lists, flat[-1]), flat[-1]
+        with below_autograd():
+            output = operator(*args)
+        setup_context(ctx, args, output)
+        if not out_lists:
+            return output
+        flat_output = _flat(output if returns > 1 else (output,), out_lists)
+        ctx.out_lengths = flat_output[-1]
+        return flat_output
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if in_lists:
-            inputs, ctx.in_lengths = _nested(inputs[:-1], in_lists, inputs[-1]), inputs[-1]
-        if out_lists:
-            output, ctx.out_lengths = _nested(output[:-1], out_lists, output[-1]), output[-1]
-            output = output if returns > 1 else output[0]
-        setup_context(ctx, inputs, output)
-
-    def differentiate(ctx: Any, *grads: Any) -> Any:
+    def backward_lists(ctx: Any, *grads: Any) -> Any:
         if out_lists:
             grads = _nested(grads[:-1], out_lists, ctx.out_lengths)
         if not in_lists:
@@ -61,13 +70,10 @@ def differentiable(
         finally:
             ctx.needs_input_grad = needed
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = run(*args)
-            remember(ctx, args, output)
-            return output
+    run, differentiate = (forward_lists, backward_lists) if in_lists or out_lists else (forward, backward)
 
+    class Function(torch.autograd.Function):
+        forward = staticmethod(run)
         backward = staticmethod(differentiate)
 
     class LowerLevels(Function):
@@ -78,19 +84,19 @@ def differentiable(
 
     # Without torch.autograd.Function's Python in front of it (2 us).
     apply_function, apply_lower_levels = (super(torch.autograd.Function, f).apply for f in (Function, LowerLevels))
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
     def apply(*args: Any) -> Any:
         flat = _flat(args, in_lists) if in_lists else args
-        if torch._C._are_functorch_transforms_active():
+        if has_transforms():
             # The dispatcher has chosen the level of torch.func that this call belongs to, as for kernels in C++;
             # torch.autograd.Function.apply would start again at the top one.
             with enable_single_level_autograd_function():
                 output = apply_lower_levels(*flat)
-        elif any(is_wrapped(value) for value in flat if isinstance(value, Tensor)):
-            output = Function.apply(*flat)  # a tensor that outlived its level of torch.func: this unwraps it
         else:
-            output = apply_function(*flat)
+            outlived = False  # its level of torch.func; torch.autograd.Function.apply unwraps such a tensor
+            for value in flat:
+                outlived = outlived or (isinstance(value, Tensor) and is_wrapped(value))
+            output = Function.apply(*flat) if outlived else apply_function(*flat)
         if not out_lists:
             return output
         output = _nested(output[:-1], out_lists, output[-1])
@@ -111,15 +117,17 @@ def differentiable(
         if (
             torch.compiler.is_compiling()
             or forward_ad._current_level >= 0
-            or torch._C._are_functorch_transforms_active()
+            or has_transforms()
             or torch.overrides.has_torch_function(_flat(args, in_lists) if in_lists else args)
-            or torch.jit.is_tracing()
+            or is_tracing()
         ):
             return overload(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and (
+            (isinstance(args[0], Tensor) and args[0].requires_grad) or any_requires_grad(*args)
+        ):
             return apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+        with below_autograd():
+            return operator(*args)
 
     return call
 

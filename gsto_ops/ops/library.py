@@ -54,18 +54,20 @@ def register(
     backward: Callable,
     autocast: bool = True,
     maps: Sequence[str] = (),
+    formula: Callable | None = None,
 ) -> None:
     """Defines ``name`` and ``name_backward`` in both namespaces with all that the dispatcher asks of them.
 
     ``backward`` is called with ``name_backward`` of the namespace of the forward call, the context, and the grads.
-    ``maps`` is for ``torch.vmap``, see ``batching.vmap_rule``.
+    ``maps`` is for ``torch.vmap``, see ``batching.vmap_rule``. ``formula`` is the operator in plain PyTorch,
+    where ``kernel`` is not.
     """
     define(name, name, "forward", schema, kernel, fake, maps)
     define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
         gradients = partial(backward, getattr(packet, f"{name}_backward").default)
-        function = differentiable(library, getattr(packet, name).default, kernel, setup_context, gradients)
+        function = differentiable(library, getattr(packet, name).default, formula or kernel, setup_context, gradients)
         setattr(operators[namespace], name, function)
         if autocast:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

@@ -100,6 +100,19 @@ def cases(dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_for
                 wide = statistics_dtype(dtype)
                 tensors = (image(batch, channels, *size), parameter(wide, channels), parameter(wide, channels))
                 found[f"affine_scale_transfer: {key}"] = ("affine_scale_transfer", tensors, (activation, *resampling))
+                # A norm of two pixels divides by their difference. 16 bits: test_a_batch_norm_between_two_operators.
+                if out is None or size == (1, 1) or torch.finfo(dtype).bits == 16:
+                    continue
+                tensors = (
+                    image(batch, channels, *size),
+                    parameter(dtype, 1, channels, 1, 1),
+                    parameter(dtype, 1),
+                    parameter(dtype, out, channels, 1, 1),
+                    parameter(wide, out),
+                    parameter(wide, out),
+                )
+                others = (1e-3, activation, *resampling)
+                found[f"gated_batch_norm_transfer: {key}"] = ("gated_batch_norm_transfer", tensors, others)
     for name, (batch, channels, out, size) in PROJECTED.items():
         tensors = (
             image(batch, channels, *size),
@@ -123,15 +136,20 @@ NAMES = list(cases(torch.float32))
 
 
 def kernel(operator: str, tensors: tuple, others: tuple) -> tuple[Tensor, ...]:
-    if len(others) == 5:
-        others = (*others[:4], *(others[4] or (None, None)))
-    outputs = getattr(OPS, operator)(*tensors, *others)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    if len(others) > 4:
+        others = (*others[:-1], *(others[-1] or (None, None)))
+    return differentiable(operator, getattr(OPS, operator)(*tensors, *others))
 
 
 def plain(operator: str, tensors: tuple, others: tuple) -> tuple[Tensor, ...]:
-    outputs = getattr(reference, operator)(*tensors, *others)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return differentiable(operator, getattr(reference, operator)(*tensors, *others))
+
+
+def differentiable(operator: str, outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return (
+        outputs[:1] if operator == "gated_batch_norm_transfer" else outputs
+    )  # the others are for its own backward pass
 
 
 def results(function, operator: str, tensors: tuple, others: tuple, wide: bool = False) -> list[Tensor]:
@@ -148,9 +166,7 @@ def results(function, operator: str, tensors: tuple, others: tuple, wide: bool =
     return [r.detach().double() for r in (*outputs, *(leaf.grad for leaf in leaves if leaf is not None))]
 
 
-@pytest.mark.parametrize(
-    "operator", ["gated_scale_transfer", "affine_scale_transfer", "gated_projection", "gated_pyramid_pool"]
-)
+@pytest.mark.parametrize("operator", sorted({case[0] for case in cases(torch.float32).values()}))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(instruction_set: str, dtype: torch.dtype, operator: str):
     """Error at most twice that of the same computation in plain PyTorch, plus a few roundings of what is summed."""
@@ -174,6 +190,31 @@ def test_against_float64(instruction_set: str, dtype: torch.dtype, operator: str
                     assert error <= bound, (
                         f"{name}, result {i}: error {error:.3g}, plain {usual:.3g}, bound {bound:.3g}"
                     )
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_norm_between_two_operators(instruction_set: str, dtype: torch.dtype, activation: str):
+    """gated_batch_norm_transfer is gated_projection and affine_scale_transfer, whose errors are tested, and scale and shift."""
+    eps, wide = torch.finfo(dtype).eps, statistics_dtype(dtype)
+    for layout in LAYOUTS:
+        x = torch.randn(2, 18, 9, 11).to(dtype).contiguous(memory_format=layout)
+        norm = parameter(wide, 7), parameter(wide, 7)
+        tensors = (x, parameter(dtype, 1, 18, 1, 1), parameter(dtype, 1), parameter(dtype, 7, 18, 1, 1), *norm)
+        found = []
+        for fused in (True, False):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            resampling = (activation, (19, 30), "bilinear", False, None, None)
+            if fused:
+                output = OPS.gated_batch_norm_transfer(*leaves, 1e-3, *resampling)[0]
+            else:
+                z, _, mean, var = OPS.gated_projection(*leaves[:4])
+                scale = leaves[4] * (var + 1e-3).rsqrt()
+                output = OPS.affine_scale_transfer(z, scale, leaves[5] - mean * scale, *resampling)
+            output.backward(torch.linspace(-1, 2, output.numel()).reshape(output.shape).to(dtype))
+            found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, atol=4 * eps * float(expected.abs().max()), rtol=4 * eps)
 
 
 VIEWS = {
@@ -203,6 +244,10 @@ def calls(x: Tensor) -> list[tuple]:
             )
             found.append(("gated_scale_transfer", (x, rho, None, None, None), resampling))
             found.append(("affine_scale_transfer", (x, *affine), resampling))
+            norm = (torch.randn(18)[::2], torch.randn(1).expand(9))
+            found.append(
+                ("gated_batch_norm_transfer", (x, rho, torch.randn(2)[1:], weight, *norm), (1e-3, *resampling))
+            )
     found.append(("gated_projection", (x, rho, None, weight), ()))
     found.append(("gated_pyramid_pool", (x, rho.expand(3, -1, -1, -1), torch.randn(1).expand(3)), ([3, 1, 2],)))
     return found

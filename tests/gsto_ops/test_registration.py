@@ -47,10 +47,19 @@ def cases(dtype=torch.float64, memory_format=NCHW, batch=2):
                 affine,
                 (activation, *resampling),
             )
+            normed = (image(), make(1, 3, 1, 1), make(1), make(2, 3, 1, 1), vector(2), vector(2))
+            found[f"gated_batch_norm_transfer-{name}-{activation}"] = (
+                "gated_batch_norm_transfer",
+                normed,
+                (1e-3, activation, *resampling),
+            )
     gate_only = (image(), make(1, 3, 1, 1), None, None, None)
     found["gated_scale_transfer-gate-only"] = ("gated_scale_transfer", gate_only, ("none", *RESAMPLINGS[0]))
     found["gated_projection"] = ("gated_projection", (image(), make(1, 3, 1, 1), make(1), make(2, 3, 1, 1)), ())
     found["gated_projection-no-bias"] = ("gated_projection", (image(), make(1, 3, 1, 1), None, make(2, 3, 1, 1)), ())
+    normed = (image(), make(1, 3, 1, 1), None, make(2, 3, 1, 1), vector(2), vector(2))
+    arguments = (1e-5, "relu", *RESAMPLINGS[0])
+    found["gated_batch_norm_transfer-no-bias"] = ("gated_batch_norm_transfer", normed, arguments)
     found["gated_pyramid_pool"] = ("gated_pyramid_pool", (image(), make(2, 3, 1, 1), make(2)), ([1, 3],))
     found["gated_pyramid_pool-no-bias"] = ("gated_pyramid_pool", (image(), make(3, 3, 1, 1), None), ([2, 3, 6],))
     return found
@@ -76,6 +85,9 @@ def backward_arguments(name, operands, others, optional_grads):
     if name == "gated_projection":
         rho, _, weight = rest
         return (*grads, x, outputs[1], rho, weight, outputs[0], outputs[2])
+    if name == "gated_batch_norm_transfer":
+        rho, _, *weights = rest
+        return (grads[0], x, rho, *weights, *outputs[1:], *others[:2], *others[3:])
     if name == "affine_scale_transfer":
         return (*grads, x, *rest, others[0], *others[2:])
     return (*grads, x, outputs[1], rest[0], *others)
@@ -133,12 +145,13 @@ def test_fake_strides_are_the_real_ones(view, size):
     x = VIEWS[view](torch.randn(2, 6, 6, 5))
     channels = x.shape[1]
     rho, weight = torch.randn(1, channels, 1, 1), torch.randn(4, channels, 1, 1)
-    affine = torch.randn(channels), torch.randn(channels)
+    affine, norm = torch.randn(2, channels).unbind(), torch.randn(2, 4).unbind()
     resampling = (size, "bilinear", False, None, None)
     calls = [
         ("gated_scale_transfer", (x, rho, None, weight, None), ("none", *resampling)),
         ("affine_scale_transfer", (x, *affine), ("relu", *resampling)),
         ("gated_projection", (x, rho, None, weight), ()),
+        ("gated_batch_norm_transfer", (x, rho, None, weight, *norm), (1e-5, "relu", *resampling)),
         ("gated_pyramid_pool", (x, torch.cat([rho, rho]), None), ([1, 2],)),
     ]
     for name, operands, others in calls:

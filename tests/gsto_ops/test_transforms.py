@@ -41,6 +41,12 @@ CALLS = {
         ],
         lambda x, w, o: reference.gated_scale_transfer(x, o.rho, o.b, w, o.c, *RESAMPLING)[0],
     ),
+    "gated_batch_norm_transfer": (
+        lambda x, w, o: gsto_ops.gated_batch_norm_transfer(x, o.rho, o.b, w, o.c, 2 * o.c, size=(8, 10))[0],
+        lambda x, w, o: reference.gated_batch_norm_transfer(
+            x, o.rho, o.b, w, o.c, 2 * o.c, 1e-5, "none", (8, 10), "bilinear"
+        )[0],
+    ),
     "gated_projection": (
         lambda x, w, o: gsto_ops.gated_projection(x, o.rho, o.b, w)[3],
         lambda x, w, o: reference.gated_projection(x, o.rho, o.b, w)[3],

@@ -21,7 +21,10 @@ w, c = torch.randn(20, 18, 1, 1) / 4, torch.randn(20)
 scale, shift = torch.randn(18), torch.randn(18)
 gates = torch.randn(2, 18, 1, 1) / 4
 target = torch.randint(0, 18, (2, 9, 7))
+norm = torch.randn(20), torch.randn(20)
 calls = {
+    "gated_batch_norm_transfer": (
+        lambda *t: gsto_ops.gated_batch_norm_transfer(*t, size=(9, 7))[:1], (x, rho, b, w, *norm)),
     "gated_scale_transfer": (
         lambda *t: gsto_ops.gated_scale_transfer(*t, activation="relu", size=(9, 7), return_gate=True), (x, rho, b, w, c)),
     "gated_projection": (gsto_ops.gated_projection, (x, rho, b, w)),
@@ -51,10 +54,12 @@ for name, (function, operands) in calls.items():
     launched.clear()
     print(name, "equal")
 resampling = ("relu", [4, 3], "bilinear", False, None, None)
+norm = norm[0][:2], norm[1][:2]
 x, rho, w, c, scale, shift, gates = x[:1, :3, :2, :3], rho[:, :3], w[:2, :3], c[:2], scale[:3], shift[:3], gates[:, :3]
 checked = {
     "gated_scale_transfer": (x, rho, b, w, c, *resampling),
     "gated_projection": (x, rho, b, w),
+    "gated_batch_norm_transfer": (x, rho, b, w, *norm, 1e-5, *resampling),
     "affine_scale_transfer": (x, scale, shift, *resampling),
     "gated_pyramid_pool": (x, gates, None, [1, 2]),
 }
@@ -70,5 +75,6 @@ def test_public_functions_on_triton_equal_the_reference():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    names = "gated_scale_transfer gated_projection affine_scale_transfer gated_pyramid_pool upsample_cross_entropy"
+    names = "gated_batch_norm_transfer gated_scale_transfer gated_projection affine_scale_transfer gated_pyramid_pool"
+    names += " upsample_cross_entropy"
     assert done.stdout.split() == [word for name in names.split() for word in (name, "equal")]

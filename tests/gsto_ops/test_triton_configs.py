@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from gsto_ops.tables import warn_once
 from gsto_ops.triton import configs, tuning
 from gsto_ops.triton.configs import Problem, Target
 
@@ -79,8 +80,8 @@ def test_run_uses_the_choice_without_autotuning(monkeypatch):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "_known", {})
-    tuning._warn_once.cache_clear()
+    tuning.TABLE.forget()
+    warn_once.cache_clear()
     return tmp_path / "gsto_ops" / "triton.json"
 
 
@@ -98,7 +99,7 @@ def test_the_fastest_candidate_is_remembered(cache):
 
     assert fastest()[4] == 8 and ran == found
     assert fastest()[4] == 8 and ran == found, "the second call timed again"
-    tuning._known.clear()  # another process
+    tuning.TABLE.forget()  # another process
     assert fastest()[4] == 8 and ran == found, "the cache file was not read"
     assert json.loads(cache.read_text()) == {"a problem": list(fastest())}
 
@@ -108,33 +109,33 @@ def test_a_damaged_cache_is_ignored_once_told(cache, content):
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert tuning.read(cache) == {}
+        assert tuning.TABLE.read() == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.read(cache) == {}
-    tuning.write(cache, "key", (1, 2, 4, 8, 4, 3))
-    assert tuning.read(cache) == {"key": (1, 2, 4, 8, 4, 3)}
+        assert tuning.TABLE.read() == {}
+    tuning.TABLE.write("key", [1, 2, 4, 8, 4, 3])
+    assert tuning.TABLE.read() == {"key": [1, 2, 4, 8, 4, 3]}
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_call(cache):
     cache.parent.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be written"):
-        tuning.write(cache, "key", (1, 2, 4, 8, 4, 3))
+        tuning.TABLE.write("key", [1, 2, 4, 8, 4, 3])
 
 
-def _write_many(path, writer):
+def _write_many(writer):
     for i in range(20):
-        tuning.write(path, f"{writer}-{i}", (1, 1, 1, 1, 1, writer + 1))
+        tuning.TABLE.write(f"{writer}-{i}", [1, 1, 1, 1, 1, writer + 1])
 
 
 def test_concurrent_writers_lose_nothing(cache):
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_many, args=(cache, n)) for n in range(3)]
+    writers = [context.Process(target=_write_many, args=(n,)) for n in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert tuning.read(cache).keys() == {f"{n}-{i}" for n in range(3) for i in range(20)}
+    assert tuning.TABLE.read().keys() == {f"{n}-{i}" for n in range(3) for i in range(20)}
     assert {path.name for path in cache.parent.iterdir()} == {"triton.json", "triton.lock"}
 
 
