@@ -15,9 +15,9 @@ from .ops import layout_of
 from .tables import Table
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Key -> backend, with the machine in a comment. None yet: on a CPU the compiled operators lose to plain PyTorch only where a float32
-# gate acts alone, at its own size and without gradients (0.5 - 1.3 x eager, benchmarks/kernels/NOTES.md), and such a call shares
-# its entry with those that have a projection, 2 x faster than eager. GPUs have not been measured.
+# Key -> backend, with the machine in a comment. None yet: on a CPU the compiled operators lose to plain PyTorch only where a
+# float32 gate acts alone, at its own size and without gradients (0.5 - 1.3 x eager, benchmarks/kernels/NOTES.md), and such a call
+# shares its entry with those that have a projection, 2 x faster than eager. GPUs have not been measured.
 SHIPPED: dict[str, str] = {}
 
 
