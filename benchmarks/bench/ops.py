@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from gsto_ops import backends
+from gsto_ops import backends, measured
 
 from ..errors import TrainingError, UsageError
 from ..kernels.cases import Case
@@ -28,7 +28,7 @@ from ..kernels.cpu import Cpu
 from ..kernels.gpu import Gpu
 from ..kernels.measure import COMPILED, DTYPES, LAYOUTS, PASSES, Device, measure
 from ..kernels.shapes import CASES, QUICK
-from . import pictures, report
+from . import choices, pictures, report
 from .options import at_least, use_threads
 
 SHORT = {"channels_last": "NHWC", "float32": "f32", "bfloat16": "bf16", "float16": "f16", "forward+backward": "fwd+bwd"}
@@ -163,6 +163,9 @@ def run(argv: Sequence[str], description: str) -> int:
         "--rounds", type=int, help="of all contestants in turn (default: 20 on a GPU, 11 on a CPU, quick: 5)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, timed as processor time)")
+    parser.add_argument(
+        "--remember", action="store_true", help="name the fastest backends in the user's cache, which gsto_ops follows"
+    )
     parser.add_argument("--out", type=Path, default=report.FOLDER, help="folder of the results (default: %(default)s)")
     options = parser.parse_args(argv)
 
@@ -205,6 +208,15 @@ def run(argv: Sequence[str], description: str) -> int:
                 progress.advance(task)
     finally:  # what was measured before a failure, or before Ctrl-C, is not lost
         show(console, f"operators on {device_type}, {rounds} rounds", rows, device, options.out)
+    if options.remember:
+        calls = {
+            (case.operator, case.name, layout, dtype): choices.call_of(case, layout, dtype, device_type)
+            for case, layout, dtype, _ in todo
+        }
+        found = choices.fastest(rows, calls)
+        for call, backend in found.items():
+            measured.remember(call, backend)
+        console.print(f"{len(found)} choices of a backend in {measured.TABLE.path}")
     if wrong:
         raise TrainingError("\n".join(["results that are wrong, and have no time:", *wrong]))
     return 0

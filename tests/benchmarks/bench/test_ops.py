@@ -15,11 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gsto_ops
-from gsto_benchmarks.bench import ops
+from gsto_benchmarks.bench import choices, ops
 from gsto_benchmarks.cli import main
 from gsto_benchmarks.kernels import cases, measure
 from gsto_benchmarks.kernels.cpu import Cpu
 from gsto_benchmarks.kernels.shapes import CASES, QUICK
+from gsto_ops import measured
 from gsto_ops.ops import library
 
 REPOSITORY = Path(__file__).parents[3]
@@ -140,6 +141,52 @@ def test_command(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "supervised_gated_scale_transfer" in printed and "NHWC bf16 fwd+bwd" in printed
     assert (tmp_path / "ops-roofline-bfloat16.png").is_file()
+
+
+def test_the_fastest_backend_is_the_one_with_the_least_times_of_all():
+    calls = {("op", name, "NCHW", "float32"): kind for name, kind in (("a", "first"), ("b", "first"), ("c", "second"))}
+    times = {
+        ("a", "cuda"): 2.0,
+        ("a", "triton"): 3.0,
+        ("b", "cuda"): 6.0,
+        ("b", "triton"): 3.0,
+        ("a", "reference"): 1.0,
+    }
+    times |= {("c", "cuda"): 5.0, ("c", "triton"): math.nan, ("c", "reference"): 4.0, ("c", "eager"): 1.0}
+    rows = [
+        {
+            "operator": "op",
+            "case": name,
+            "layout": "NCHW",
+            "dtype": "float32",
+            "contestant": who,
+            "way": "plain",
+            "ms": ms,
+        }
+        for (name, who), ms in times.items()
+    ]
+    # triton: 3 * 3 < 2 * 6; the reference has no time for b; graphs and eager PyTorch are no backends
+    rows.append({**rows[0], "way": "graph", "ms": 0.1})
+    assert choices.fastest(rows, calls) == {"first": "triton", "second": "reference"}
+
+
+def test_remembered_choices_are_followed(monkeypatch, tmp_path, capsys):
+    if "cpu" not in gsto_ops.available_backends():
+        pytest.skip("the C++ extension is not there: CPU tensors have one backend")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured.choices.cache_clear()
+    monkeypatch.setattr(choices, "fastest", lambda rows, calls: dict.fromkeys(calls.values(), "reference"))
+    chosen = [TINY[0]]
+    monkeypatch.setattr(ops, "CASES", chosen)
+    options = ["--device", "cpu", "--rounds", "1", "--layout", "NCHW", "--dtype", "float32", "--pass", "forward"]
+    try:
+        assert main(["bench", "ops", *options, "--remember", "--out", str(tmp_path)]) == 0
+        written = json.loads((tmp_path / "gsto_ops" / "backends.json").read_text())
+        assert list(written.values()) == ["reference"]
+        assert gsto_ops.backends.select_for("gated_scale_transfer", torch.empty(chosen[0].shapes[0])) == "reference"
+    finally:
+        measured.choices.cache_clear()
+    assert "1 choices of a backend in" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_bytes_and_products_are_those_of_the_shapes():
