@@ -107,9 +107,7 @@ struct Lines {
   // to kSums vectors. Every place of the pattern is worked on in turn, so that its sums stay in registers.
   template <int kSums, class F>
   void add_up(A* sums, int64_t row, const F& f) const {
-    int64_t j = 0;
-    for (; j + 4 * lanes <= period; j += 4 * lanes) add_up_columns<kSums, 4>(j, sums, row, f);
-    for (; j < period; j += lanes) add_up_columns<kSums, 1>(j, sums, row, f);
+    for_vectors<A>(period, [&](int64_t j, auto vectors) { add_up_columns<kSums, vectors>(j, sums, row, f); });
   }
 
  private:
