@@ -95,7 +95,7 @@ QUICK = Domain(
     activations=("relu",),
     align_corners=(False,),
     bins=((1, 2, 3, 6),),
-    fusions=(("bilinear", (1, 2)),),
+    fusions=(("bilinear", (1,)), ("bilinear", (1, 2))),
     splits=(((48,), 2),),
     losses=((19, 4, 1, torch.int64, "mean"),),
 )
@@ -173,6 +173,9 @@ def run_sums(domain: Domain, x: torch.Tensor) -> None:
         for sums_or_none, counts in ((sums, None), (sums, mean), (None, None)):
             grad = y if output is None else dm
             batch_norm_sum.backward_terms(grad, gathered, terms, *norms[:3], eps, sums_or_none, counts)
+            if act == "relu" and len(factors) == 1 and factors[0] == 1:  # a single norm: the mask from its term
+                batch_norm_sum.backward(y, None, terms, norms[0], mode, align, mean, mean, mean, 1e-5)
+                batch_norm_sum.backward_terms(y, [], terms, *norms[:3], eps, sums_or_none, counts, mean)
 
 
 def run_splits(domain: Domain, x: torch.Tensor) -> None:

@@ -167,16 +167,27 @@ void forward_in_place(OptionalTensor input, OptionalTensor gate, std::vector<Ten
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> backward(const Tensor& grad_output, OptionalTensor output,
                                                          std::vector<Tensor> terms, std::vector<Tensor> mean,
-                                                         StringHandle mode, bool align_corners) {
+                                                         StringHandle mode, bool align_corners, OptionalTensor var,
+                                                         OptionalTensor weight, OptionalTensor bias, double eps) {
   STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum_backward: terms must not be empty");
   const Operator op("batch_norm_sum_backward", grad_output);
   const bool planar = is_planar(output.has_value() ? *output : terms[0]);
   op.check("output", output, {op.batch, op.channels, op.height, op.width});
   Terms list(op, terms, op.height, op.width, planar);
   list.set("mean", mean, &NormTerm::mean);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(
+        terms.size() == 1 && mean.size() == 1 && var.has_value() && weight.has_value() && !output.has_value(),
+        "gsto_ops::", op.name, ": bias is for a single term with mean, var and weight, and without output");
+    list.set("var", {*var}, &NormTerm::var);
+    list.set("weight", {*weight}, &NormTerm::weight);
+    list.set("bias", {*bias}, &NormTerm::bias);
+    list.set_eps({eps});
+  }
   list.set_tables(upsampling(op.name, mode), align_corners, true);
   BatchNormSumParams p = list.params();
   p.relu = output.has_value();
+  p.masked_by_term = bias.has_value();
   p.normed = !mean.empty();
 
   const Tensor grad = with_lines(grad_output, planar);
@@ -207,8 +218,11 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> backward(const Tensor& grad_outp
 
 std::vector<Tensor> backward_terms(const Tensor& grad_sum, std::vector<Tensor> gathered, std::vector<Tensor> terms,
                                    std::vector<Tensor> mean, std::vector<Tensor> var, std::vector<Tensor> weight,
-                                   std::vector<double> eps, OptionalTensor sums, OptionalTensor counts) {
+                                   std::vector<double> eps, OptionalTensor sums, OptionalTensor counts,
+                                   OptionalTensor bias) {
   const Operator op("batch_norm_sum_backward_terms", grad_sum);
+  STD_TORCH_CHECK(!bias.has_value() || terms.size() == 1, "gsto_ops::", op.name, ": bias is for a single term, got ",
+                  terms.size());
   std::vector<Tensor> grads;
   if (terms.empty()) return grads;
   // Each term has its own size and layout, and this pass takes them one by one.
@@ -226,8 +240,10 @@ std::vector<Tensor> backward_terms(const Tensor& grad_sum, std::vector<Tensor> g
     list.set("var", one(var), &NormTerm::var);
     list.set("weight", one(weight), &NormTerm::weight);
     list.set_eps({eps.at(k)});
+    if (bias.has_value()) list.set("bias", {*bias}, &NormTerm::bias);
     BatchNormSumParams p = list.params();
     p.normed = true;
+    p.masked_by_term = bias.has_value();
     const bool resampled = own.height != op.height || own.width != op.width;
     STD_TORCH_CHECK(!resampled || low < gathered.size(), "gsto_ops::", op.name,
                     ": gathered must have a map for every term of another size than grad_sum, got ", gathered.size());

@@ -3,8 +3,9 @@
 //   y = act(gate x + sum_k up(a_k t_k + b_k)),  a_k = weight_k / sqrt(var_k + eps_k),  b_k = bias_k - mean_k a_k
 //
 // Forward reads every map once and writes y. Backward reads dy, y and the terms, and writes d = dy (y > 0), the terms'
-// up^T(d) and the sums; the second pass reads d and the terms and writes their gradients. Upsampling goes line by line:
-// a line of a low-resolution term is stretched once, and the output's lines are mixed from two stretched lines.
+// up^T(d) and the sums; the second pass reads d and the terms and writes their gradients. Behind a single norm both
+// passes read dy and find y > 0 from the term. Upsampling goes line by line: a line of a low-resolution term is
+// stretched once, and the output's lines are mixed from two stretched lines.
 #pragma once
 
 namespace gsto::cpu::GSTO_ISA {
@@ -206,6 +207,12 @@ struct BatchNormSum {
       for (int64_t i = 0; i < size; ++i) totals[i] += reduction.slot(s)[i];
   }
 
+  // The gradient d of y where the ReLU behind a single norm let t through; the sum is forward's.
+  Vec<A> under_relu(int64_t group, int64_t j, Vec<A> t, Vec<A> d) const {
+    const A* shift = patterns.data() + 2 * p.term_count * pattern + group * lines.period;
+    return load(shift + j) + load(scale_of(0, group) + j) * t > 0 ? d : Vec<A>{};
+  }
+
   void gradient_line(int64_t n, int64_t group, int64_t h, A* sums, A* values) const {
     const S* grad = lines.line(p.grad_output, n, group, h);
     const S* output = p.relu ? lines.line(p.output, n, group, h) : nullptr;
@@ -222,6 +229,14 @@ struct BatchNormSum {
     if (p.normed && p.term_count == 1 && !p.terms[0].low) {  // batch norm and ReLU; the end of a residual block
       const S* term = lines.line(p.terms[0].map, n, group, h);
       const A* mean = mean_of(0, group);
+      if (p.masked_by_term) {
+        return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
+          const Vec<A> t = load_valid(term + i, valid);
+          const Vec<A> d = under_relu(group, j, t, load_valid(grad + i, valid));
+          sum[0] += d;
+          sum[1] += d * (t - load(mean + j));
+        });
+      }
       return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
         const Vec<A> d = gradient(i, valid);
         sum[0] += d;
@@ -318,7 +333,11 @@ struct BatchNormSum {
           S* to = lines.line(term.grad, n, group, h);
           lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
             Vec<A> d = load_valid(grad + i, valid);
-            if (p.statistics) d -= load(shift + j) + load(factor + j) * (load_valid(map + i, valid) - load(mean + j));
+            if (p.statistics || p.masked_by_term) {
+              const Vec<A> t = load_valid(map + i, valid);
+              if (p.masked_by_term) d = under_relu(group, j, t, d);
+              if (p.statistics) d -= load(shift + j) + load(factor + j) * (t - load(mean + j));
+            }
             store_valid(to + i, load(scale + j) * d, valid);
           });
         }

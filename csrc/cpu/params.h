@@ -157,6 +157,9 @@ struct BatchNormSumParams {
   void* sums = nullptr;     // (1 + terms, C), without norms (1, C), of the accumulate type
   int64_t sums_row = 0;     // of the one term that backward_terms takes
   bool statistics = false;  // whether backward_terms includes what flows through the statistics
+  // A single norm with ReLU behind it: where that was open is found from the term. backward writes no grad_sum then,
+  // and backward_terms gets the gradient of the output in its place.
+  bool masked_by_term = false;
 };
 
 struct GatedSplitParams {

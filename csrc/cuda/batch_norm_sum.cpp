@@ -132,10 +132,15 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
 }
 
 std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, OptionalTensor output, Tensors terms,
-                                             Tensors mean, StringHandle mode, bool align_corners) {
+                                             Tensors mean, StringHandle mode, bool align_corners, OptionalTensor var,
+                                             OptionalTensor weight, OptionalTensor bias, double eps) {
   const char* op = "batch_norm_sum_backward";
   const Sampling sampling(op, mode, align_corners);
-  const Call call(op, output.has_value() ? *output : grad_output);
+  const bool masked = bias.has_value();  // by the single term
+  STD_TORCH_CHECK(!masked || (terms.size() == 1 && mean.size() == 1 && var.has_value() && weight.has_value() &&
+                              !output.has_value()),
+                  "gsto_ops::", op, ": bias is for a single term with mean, var and weight, and without output");
+  const Call call(op, output.has_value() ? *output : masked ? terms[0] : grad_output);
   call.check("grad_output", grad_output, {call.batch, call.channels, call.height, call.width});
   check_terms(call, terms);
   STD_TORCH_CHECK(mean.empty() || mean.size() == terms.size(), "gsto_ops::", op,
@@ -149,6 +154,11 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
       output.has_value() ? call.new_map(call.channels, call.height, call.width) : call.new_tensor({0});
   const Tensor sums = call.new_floats({1 + static_cast<int64_t>(mean.size()), call.channels});
   float* totals = static_cast<float*>(sums.data_ptr());
+  const std::vector<double> epsilons(mean.size(), eps);
+  const Tensors biases = masked ? Tensors{*bias} : Tensors{};
+  const auto norms =
+      masked ? std::make_optional<Norms>(call, size_t{1}, mean, Tensors{*var}, Tensors{*weight}, &biases, epsilons)
+             : std::nullopt;
   const auto mean_of = [&](size_t k) { return static_cast<const float*>(mean[k].data_ptr()); };
 
   // Terms of the output's size have their sums taken on the way, the others are gathered from dm.
@@ -229,7 +239,8 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
       const Tensor term = same.empty() ? Tensor() : slice(terms[same[i]]);
       if (!same.empty()) {
         p.term = term.data_ptr();
-        p.mean = mean_of(same[i]);
+        if (masked) p.norm = (*norms)[0];
+        p.norm.mean = mean_of(same[i]);
       }
       p.sums = same_sums[i].take(int64_t{p.plan.blocks} * p.plan.fold, call.channels);
       call.launched(launch_batch_norm_sum_backward(p, call.stream));
@@ -272,11 +283,15 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
 }
 
 Tensors backward_terms(const Tensor& grad_sum, Tensors gathered, Tensors terms, Tensors mean, Tensors var,
-                       Tensors weight, std::vector<double> eps, OptionalTensor sums, OptionalTensor counts) {
+                       Tensors weight, std::vector<double> eps, OptionalTensor sums, OptionalTensor counts,
+                       OptionalTensor bias) {
   const char* op = "batch_norm_sum_backward_terms";
   const Call whole(op, grad_sum);
   check_terms(whole, terms);
-  const Norms norms(whole, terms.size(), mean, var, weight, nullptr, eps);
+  STD_TORCH_CHECK(!bias.has_value() || terms.size() == 1, "gsto_ops::", op, ": bias is for a single term, got ",
+                  terms.size());
+  const Tensors biases = bias.has_value() ? Tensors{*bias} : Tensors{};
+  const Norms norms(whole, terms.size(), mean, var, weight, bias.has_value() ? &biases : nullptr, eps);
   const int64_t count = static_cast<int64_t>(terms.size());
   STD_TORCH_CHECK(mean.size() == terms.size(), "gsto_ops::", op, ": one norm per term is needed, got ", mean.size());
   whole.check("sums", sums, {1 + count, whole.channels}, true);
@@ -311,6 +326,7 @@ Tensors backward_terms(const Tensor& grad_sum, Tensors gathered, Tensors terms, 
     p.pixels = call.pixels;
     p.plan = call.plan_strips_of(call.batch, maps, false);
     p.grad = grad.data_ptr();
+    p.masked = bias.has_value();
     p.sum = sum;
     p.pixels_counted = static_cast<float>(call.batch * call.pixels);
     call.launched(launch_batch_norm_sum_terms(p, call.stream));

@@ -9,13 +9,6 @@
 namespace gsto::cuda {
 namespace {
 
-// scale and shift of a channel: norm(x) = scale * x + shift.
-GSTO_DEVICE void affine_of(const Norm& norm, int channel, float& scale, float& shift) {
-  const bool normed = norm.variance != nullptr;
-  scale = normed ? norm.weight[channel] / sqrtf(norm.variance[channel] + norm.eps) : 1.f;
-  shift = normed ? norm.bias[channel] - norm.mean[channel] * scale : 0.f;
-}
-
 template <class T, bool kLast, int kWidth>
 GSTO_KERNEL(kThreads, kStripResident)
 batch_norm_sum(const BatchNormSumParams p) {

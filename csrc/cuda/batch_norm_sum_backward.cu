@@ -1,7 +1,8 @@
 // The two passes of the backward of batch_norm_sum over maps of the output's size: see BatchNormSumBackwardParams and
 // BatchNormSumTermsParams. (Terms of other sizes: resample.cu gathers their gradients and sums.)
 // Traffic per element: the first pass reads dy, y and a term and writes dm, 4 in all (2 per further term: dm and it);
-// the second reads dm and the terms and writes their gradients, 1 + 2 per term.
+// the second reads dm and the terms and writes their gradients, 1 + 2 per term. Behind a single norm the sign of y is
+// made again from the term: 2 and 3.
 #include "cuda/strips.h"
 
 namespace gsto::cuda {
@@ -15,12 +16,23 @@ batch_norm_sum_backward(const BatchNormSumBackwardParams p) {
   S strip(p);
   float* memory = reinterpret_cast<float*>(shared_memory());
   const ChannelTable<kEntries> table = {memory, p.plan.group_units};
+  const bool masked = p.norm.bias != nullptr;
   if (p.term != nullptr) {
-    strip.each_channel(p, [&](int channel, int unit, int j) { table.at(0, unit, j) = p.mean[channel]; });
+    strip.each_channel(p, [&](int channel, int unit, int j) {
+      table.at(0, unit, j) = p.norm.mean[channel];
+      if (masked) affine_of(p.norm, channel, table.at(1, unit, j), table.at(2, unit, j));
+    });
   }
   sync_threads();
-  float mean[kEntries] = {}, sums[2][kEntries] = {};  // of dm (term - mean), of dm
-  if (p.term != nullptr && strip.row < strip.end) table.get(0, strip.unit, mean);
+  float mean[kEntries] = {}, scale[kEntries] = {}, shift[kEntries] = {};
+  float sums[2][kEntries] = {};  // of dm (term - mean), of dm
+  if (p.term != nullptr && strip.row < strip.end) {
+    table.get(0, strip.unit, mean);
+    if (masked) {
+      table.get(1, strip.unit, scale);
+      table.get(2, strip.unit, shift);
+    }
+  }
 
   strip.each([&](int64_t, const int64_t (&at)[kStripBatch], int count) {
     UnitBits<T, kWidth> grads[kStripBatch] = {}, outputs[kStripBatch] = {}, terms[kStripBatch] = {};
@@ -40,6 +52,10 @@ batch_norm_sum_backward(const BatchNormSumBackwardParams p) {
       if (p.grad_sum != nullptr) store_values<T, kWidth>(p.grad_sum, at[b], dm);
       if (p.term != nullptr) {
         unpack_bits<T, kWidth>(terms[b], x);
+        if (masked) {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) dm[j] = scale[j % kEntries] * x[j] + shift[j % kEntries] > 0 ? dm[j] : 0.f;
+        }
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) sums[0][j % kEntries] += dm[j] * (x[j] - mean[j % kEntries]);
       }
@@ -77,7 +93,9 @@ batch_norm_sum_backward(const BatchNormSumBackwardParams p) {
   }
 }
 
-constexpr int kTermParameters = 4;  // scale, mean, and the factors of term - mean and of one
+// Scale; mean; the factors of term - mean and of one. Where the norm's sign masks: scale; shift; the factors of the
+// normed term, scale * term + shift = scale * (term - mean) + bias, and of one. A fifth one would spill.
+constexpr int kTermParameters = 4;
 
 template <class T, bool kLast, int kWidth>
 GSTO_KERNEL(kThreads, kStripResident)
@@ -89,13 +107,16 @@ batch_norm_sum_terms(const BatchNormSumTermsParams p) {
   for (int k = 0; k < p.terms; ++k) {
     const Norm& norm = p.norm[k];
     strip.each_channel(p, [&](int channel, int unit, int j) {
-      const float inverse = 1.f / (norm.variance[channel] + norm.eps), scale = norm.weight[channel] * sqrtf(inverse);
+      float scale, shift;
+      affine_of(norm, channel, scale, shift);
       table.at(kTermParameters * k, unit, j) = scale;
+      table.at(kTermParameters * k + 1, unit, j) = p.masked ? shift : norm.mean[channel];
       if (p.sum == nullptr) return;
-      const float share = scale / (p.count[k] != nullptr ? *p.count[k] : p.pixels_counted);
-      table.at(kTermParameters * k + 1, unit, j) = norm.mean[channel];
-      table.at(kTermParameters * k + 2, unit, j) = -share * inverse * p.term_sum[k][channel];
-      table.at(kTermParameters * k + 3, unit, j) = -share * p.sum[channel];
+      const float share = 1.f / (p.count[k] != nullptr ? *p.count[k] : p.pixels_counted);
+      const float slope = -share / (norm.variance[channel] + norm.eps) * p.term_sum[k][channel];
+      const float offset = -share * scale * p.sum[channel];
+      table.at(kTermParameters * k + 2, unit, j) = p.masked ? slope : scale * slope;
+      table.at(kTermParameters * k + 3, unit, j) = p.masked ? offset - slope * norm.bias[channel] : offset;
     });
   }
   sync_threads();
@@ -105,11 +126,13 @@ batch_norm_sum_terms(const BatchNormSumTermsParams p) {
     S::load(p.grad, at, count, grads);
     for (int k = 0; k < p.terms; ++k) {
       UnitBits<T, kWidth> terms[kStripBatch] = {};
-      float scale[kEntries], mean[kEntries] = {}, slope[kEntries] = {}, offset[kEntries] = {};
+      float scale[kEntries], centre[kEntries] = {}, slope[kEntries] = {}, offset[kEntries] = {};
       table.get(kTermParameters * k, strip.unit, scale);
-      if (p.sum != nullptr) {
+      if (p.sum != nullptr || p.masked) {
         S::load(p.term[k], at, count, terms);
-        table.get(kTermParameters * k + 1, strip.unit, mean);
+        table.get(kTermParameters * k + 1, strip.unit, centre);
+      }
+      if (p.sum != nullptr) {
         table.get(kTermParameters * k + 2, strip.unit, slope);
         table.get(kTermParameters * k + 3, strip.unit, offset);
       }
@@ -122,7 +145,9 @@ batch_norm_sum_terms(const BatchNormSumTermsParams p) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           const int e = j % kEntries;
-          grad[j] = scale[e] * grad[j] + slope[e] * (x[j] - mean[e]) + offset[e];
+          const float value = p.masked ? scale[e] * x[j] + centre[e] : x[j] - centre[e];
+          if (p.masked && !(value > 0)) grad[j] = 0;
+          grad[j] = scale[e] * grad[j] + slope[e] * value + offset[e];
         }
         store_values<T, kWidth>(p.grad_term[k], at[b], grad);
       }
@@ -135,8 +160,9 @@ batch_norm_sum_terms(const BatchNormSumTermsParams p) {
 cudaError_t launch_batch_norm_sum_backward(const BatchNormSumBackwardParams& params, cudaStream_t stream) {
   return dispatch_strips(params.format, params.plan.width, [&](auto type, auto last, auto width) {
     constexpr int kEntries = last.value ? width.value : 1;
+    const size_t sums = 2 * kEntries * kThreads, table = ChannelTable<kEntries>::words(params.plan.group_units, 3);
     return launch(batch_norm_sum_backward<decltype(type), last.value, width.value>, strip_grid(params), kThreads,
-                  sizeof(float) * 2 * kEntries * kThreads, stream, params);
+                  sizeof(float) * (sums > table ? sums : table), stream, params);
   });
 }
 

@@ -257,24 +257,26 @@ struct ResampledSumParams : BatchNormSumParams {
 cudaError_t launch_resampled_sum(const ResampledSumParams& params, cudaStream_t stream);
 
 // dm = dy [y > 0], written where `grad_sum` is given, and partial sums over pixels of dm (term - mean), if there is a
-// term, and of dm. Reads dy, y and the term once.
+// term, and of dm. Reads dy, y and the term once. With `norm.bias`, y is norm(term), and not read.
 struct BatchNormSumBackwardParams : StripParams {
   const void* grad_output;
   const void* output;  // or null: no ReLU
   const void* term;    // or null
-  const float* mean;
-  void* grad_sum;  // or null
-  float* sums;     // (blocks * fold, 2 or 1, C)
+  Norm norm;           // of the term: its mean, and all the rest or nothing
+  void* grad_sum;      // or null
+  float* sums;         // (blocks * fold, 2 or 1, C)
 };
 cudaError_t launch_batch_norm_sum_backward(const BatchNormSumBackwardParams& params, cudaStream_t stream);
 
 // grad_k = scale_k (grad - sum / count - sum_k (term_k - mean_k) / (count (variance_k + eps))) for terms that share
-// grad. Reads grad and every term once (without sums, no term), writes the results.
+// grad. Reads grad and every term once (without sums, no term), writes the results. With `masked`, of a single term,
+// grad counts where norm(term) > 0.
 struct BatchNormSumTermsParams : StripParams {
   const void* grad;
   int terms;
   const void* term[kMaxTerms];
   Norm norm[kMaxTerms];
+  bool masked;
   const float* sum;                  // (C,) or null: the statistics are constants
   const float* term_sum[kMaxTerms];  // (C,)
   const float* count[kMaxTerms];     // on the device, or null: pixels_counted

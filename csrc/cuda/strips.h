@@ -198,4 +198,11 @@ inline dim3 strip_grid(const StripParams& params) {
   return dim3(static_cast<unsigned>(params.plan.blocks) * static_cast<unsigned>(params.plan.groups));
 }
 
+// scale and shift of a channel: norm(x) = scale * x + shift. The shift is of no use without a bias.
+GSTO_DEVICE void affine_of(const Norm& norm, int channel, float& scale, float& shift) {
+  const bool normed = norm.variance != nullptr;
+  scale = normed ? norm.weight[channel] / sqrtf(norm.variance[channel] + norm.eps) : 1.f;
+  shift = normed && norm.bias != nullptr ? norm.bias[channel] - norm.mean[channel] * scale : 0.f;
+}
+
 }  // namespace gsto::cuda

@@ -5,7 +5,8 @@ the first term. With ``training`` the statistics are those of the batch, compute
 epilogue of ``gated_split``), and the gradient of a term includes what flows through them.
 
 The gradient takes two passes, because the second one needs sums over all pixels of the first; across processes (``group``) the
-sums are added up in between.
+sums are added up in between. Where the ReLU follows a single norm, both passes find where it was open from the term, which they
+read anyway: the output is neither kept nor read, and the gradient under the ReLU neither written nor read (7 -> 5 maps).
 
 ``batch_norm_sum_`` is the sum with norms in eval mode, written to the first term of the output's size: for CPUs, where new memory
 costs more than the sum (see ``norm_sum``). It records no gradient.
@@ -32,11 +33,11 @@ IN_PLACE_SCHEMA = (
     "bool align_corners) -> ()"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor? output, Tensor[] terms, Tensor[] mean, str mode, bool align_corners) -> "
-    "(Tensor grad_sum, Tensor[] gathered, Tensor sums)"
+    "(Tensor grad_output, Tensor? output, Tensor[] terms, Tensor[] mean, str mode, bool align_corners, Tensor? var=None, "
+    "Tensor? weight=None, Tensor? bias=None, float eps=0.0) -> (Tensor grad_sum, Tensor[] gathered, Tensor sums)"
 )
 MAPS = "Tensor grad_sum, Tensor[] gathered, Tensor[] terms"
-BACKWARD_TERMS_SCHEMA = f"({MAPS}, {NORMS}, float[] eps, Tensor? sums, Tensor? counts) -> Tensor[]"
+BACKWARD_TERMS_SCHEMA = f"({MAPS}, {NORMS}, float[] eps, Tensor? sums, Tensor? counts, Tensor? bias=None) -> Tensor[]"
 
 
 def _kernel(
@@ -82,10 +83,9 @@ def _backward_kernel(
     output: Tensor | None,
     terms: Sequence[Tensor],
     mean: Sequence[Tensor],
-    mode: str,
-    align_corners: bool,
+    *others: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    grad, gathered, sums = reference.batch_norm_sum_backward(grad_output, output, terms, mean, mode, align_corners)
+    grad, gathered, sums = reference.batch_norm_sum_backward(grad_output, output, terms, mean, *others)
     if output is not None:
         grad = grad.contiguous(memory_format=layout_of(output))
     low = (term for term in terms if term.shape[2:] != grad_output.shape[2:])
@@ -98,8 +98,7 @@ def _backward_fake(
     output: Tensor | None,
     terms: Sequence[Tensor],
     mean: Sequence[Tensor],
-    mode: str,
-    align_corners: bool,
+    *others: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     low = [term for term in terms if term.shape[2:] != grad_output.shape[2:]]
     sums = grad_output.new_empty(1 + len(mean), grad_output.shape[1], dtype=reference.statistics_dtype(grad_output))
@@ -140,7 +139,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.count = len(terms), len(mean)
     # The output is the input of the next layer, and a term is what a convolution made: no other map is kept, but the input
     # where its gate wants a gradient.
-    mask = output if ctx.activation == "relu" else None
+    ctx.single = ctx.activation == "relu" and input is None and len(terms) == len(mean) == 1
+    mask = output if ctx.activation == "relu" and not ctx.single else None
     ctx.save_for_backward(input if gate is not None else None, gate, mask, counts, *terms, *mean, *var, *weight, *bias)
     ctx.has_input = input is not None
 
@@ -152,7 +152,8 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Any, .
     mean, var, weight, bias = (saved[k * n_norms : (k + 1) * n_norms] for k in range(4))
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad_output, input, gate, terms, mean, var, weight, bias)
-    grad_sum, gathered, sums = operator(grad_output, output, terms, mean, *ctx.resampling)
+    single = (var[0], weight[0], bias[0], ctx.eps[0]) if ctx.single else ()
+    grad_sum, gathered, sums = operator(grad_output, output, terms, mean, *ctx.resampling, *single)
     if output is None:
         grad_sum = grad_output
     low = iter(gathered)
@@ -164,7 +165,7 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Any, .
         if ctx.training:
             total = sums if ctx.group is None else collectives.all_reduce(sums, "sum", ctx.group)
         grads = _namespace_of(operator).batch_norm_sum_backward_terms(
-            grad_sum, gathered, terms, mean, var, weight, ctx.eps, total, counts
+            grad_sum, gathered, terms, mean, var, weight, ctx.eps, total, counts, bias[0] if ctx.single else None
         )
     grad_input, grad_gate = (grad_sum if ctx.has_input else None), None
     if gate is not None:
@@ -189,7 +190,11 @@ def _differentiable_backward(
     n_terms, n_norms = ctx.count
     if ctx.has_input and input is None:  # without a gate its value does not matter where its sum's mask is known
         input = grad_output.new_zeros(()).expand_as(grad_output)
-    mask = None if ctx.activation == "none" else ctx.saved_tensors[2] > 0
+    mask = None if ctx.activation == "none" or ctx.single else ctx.saved_tensors[2] > 0
+    if ctx.single:
+        norms = (mean, var, weight, bias, ctx.eps)
+        with torch.no_grad():
+            mask = reference.batch_norm_sum(None, None, terms, *norms, "none", *ctx.resampling) > 0
 
     def function(*operands: Tensor | None) -> Tensor:
         first, factor, *rest = operands

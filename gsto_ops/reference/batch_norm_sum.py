@@ -47,14 +47,22 @@ def batch_norm_sum_backward(
     mean: Sequence[Tensor],
     mode: str,
     align_corners: bool = False,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The first pass of the gradient of :func:`batch_norm_sum`; ``output`` is None where there was no ReLU.
+
+    With ``var``, ``weight``, ``bias`` and ``eps`` there was one, behind a single norm: where it was open is found from its term.
 
     Returns (grad_sum, gathered, sums): the gradient of the sum under the ReLU (no elements without one: it is
     ``grad_output``); its transposed resampling for every term of another size than the output; (1 + K', C) with K' statistics,
     Σ grad_sum and Σ grad_k · (term_k - mean_k) over N, H, W.
     """
     grad = grad_output if output is None else grad_output * (output > 0)
+    if bias is not None and var is not None and weight is not None:
+        grad = grad_output * _is_open(terms[0], mean[0], var, weight, bias, eps)
     gathered, sums = [], [grad.to(statistics_dtype(grad)).sum((0, 2, 3))]
     for k, term in enumerate(terms):
         grad_k = grad
@@ -76,12 +84,16 @@ def batch_norm_sum_backward_terms(
     eps: Sequence[float],
     sums: Tensor | None,
     counts: Tensor | None,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The second pass: gradients of :func:`batch_norm_sum` for its terms, those of the batch statistics included.
 
     ``sums`` is None where the statistics are constants (eval mode). Where they are over several processes, ``sums`` is too, and
-    ``counts`` (K,) has the number of pixels of each term in all of them; None: the term's own.
+    ``counts`` (K,) has the number of pixels of each term in all of them; None: the term's own. With ``bias``, of a single norm
+    with ReLU behind it, ``grad_sum`` is the gradient of the output.
     """
+    if bias is not None:
+        grad_sum = grad_sum * _is_open(terms[0], mean[0], var[0], weight[0], bias, eps[0])
     grads, low = [], iter(gathered)
     for k, term in enumerate(terms):
         grad = grad_sum if term.shape[2:] == grad_sum.shape[2:] else next(low)
@@ -95,3 +107,9 @@ def batch_norm_sum_backward_terms(
         centred = grad - (sums[0] / count)[:, None, None] - slope[:, None, None] * (term - mean[k][:, None, None])
         grads.append((scale[:, None, None] * centred).to(term.dtype))
     return grads
+
+
+def _is_open(term: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Where the ReLU behind a single norm lets its term through."""
+    scale = weight * (var + eps).rsqrt()
+    return scale[:, None, None] * term + (bias - mean * scale)[:, None, None] > 0

@@ -2,7 +2,7 @@
 
 Passes over maps, backward:
 
-- all              dy, y, terms of y's size -> dm and the sums     one kernel
+- all              dy, y, terms of y's size -> dm and the sums     one kernel; of a single norm dy, term -> the sums
 - a smaller term   dm, term -> R^T dm and its sums                 one kernel each; dm comes from L2 where it fits (50 MB)
 - all              gradient, terms -> the terms' gradients         one kernel for all terms of y's size, one for each other
 """
@@ -58,12 +58,17 @@ def backward(
     mean: Tensors,
     mode: str,
     align_corners: bool,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     size, channels = grad_output.shape[2:], grad_output.shape[1]
     mean = [vector.contiguous() for vector in mean]
     sums = torch.empty((1 + len(mean), channels), dtype=torch.float32, device=grad_output.device)
     grad_sum = None if output is None else new_map(output, *output.shape[1:])
-    masked_sums(grad_output, output, grad_sum, terms if mean else [], mean, sums)
+    norm = (var.contiguous(), weight.contiguous(), bias.contiguous(), eps) if var is not None else None
+    masked_sums(grad_output, output, grad_sum, terms if mean else [], mean, sums, norm)
     source = grad_output if grad_sum is None else grad_sum
     gathered = []
     for k, term in enumerate(terms):
@@ -86,8 +91,9 @@ def backward_terms(
     eps: Sequence[float],
     sums: Tensor | None,
     counts: Tensor | None,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
-    sums, counts = (None if x is None else x.contiguous() for x in (sums, counts))
+    sums, counts, bias = (None if x is None else x.contiguous() for x in (sums, counts, bias))
     norms = [[vector.contiguous() for vector in vectors] for vectors in (mean, var, weight)]
     grads = [new_map(term, *term.shape[1:]) for term in terms]
     same = [k for k, term in enumerate(terms) if term.shape[2:] == grad_sum.shape[2:]]
@@ -95,5 +101,5 @@ def backward_terms(
     groups = [(grad, [k]) for grad, k in zip(gathered, small, strict=True)]
     for grad, members in [(grad_sum, same)] * bool(same) + groups:
         pick = lambda values, members=members: [values[k] for k in members]  # noqa: E731
-        terms_backward(grad, pick(terms), [pick(v) for v in norms], pick(eps), sums, counts, members, pick(grads))
+        terms_backward(grad, pick(terms), [pick(v) for v in norms], pick(eps), sums, counts, members, pick(grads), bias)
     return grads

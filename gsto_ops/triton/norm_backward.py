@@ -17,8 +17,17 @@ from .reduce import sum_rows
 from .taps import by_channel, by_pixel, indices, offsets, pixel_tile, sum_pixels, zeros
 
 
+@triton.jit
+def under_relu(grad, centred, variance, weight, bias, eps, channel, LAST: tl.constexpr):
+    """The gradient where norm(term) > 0, by forward's formula; ``centred`` is the term less its mean."""
+    scale = tl.load(weight + channel).to(tl.float32) * tl.rsqrt(variance + eps)
+    shift = tl.load(bias + channel).to(tl.float32)
+    return tl.where(centred * by_channel(scale, LAST) + by_channel(shift, LAST) > 0, grad, 0.0)
+
+
 # Traffic: the gradient, the output (for its sign) and every term of its size once, the masked gradient written once: 2 (3 + T)
-# bytes per element of 16-bit maps; 4 (1 + T) bytes per column and program of partial sums.
+# bytes per element of 16-bit maps; 4 (1 + T) bytes per column and program of partial sums. Where the ReLU follows a single norm
+# (variance, weight, bias, eps) it is made again from the term: no output is read, no masked gradient written, 4 bytes.
 @triton.jit(do_not_specialize=["images", "height", "tiles_per_split"])
 def batch_norm_sum_backward_kernel(
     grad_output,
@@ -26,6 +35,10 @@ def batch_norm_sum_backward_kernel(
     grad_sum,
     terms,
     means,
+    variance,
+    weight,
+    bias,
+    eps,
     sums,
     channels,
     columns,
@@ -68,16 +81,19 @@ def batch_norm_sum_backward_kernel(
             at = image * grad_sum_strides[0] + offsets(h, w, c, grad_sum_strides, LAST)
             tl.store(grad_sum + at, grad, mask=mask)
         grad = grad.to(tl.float32)
-        total += grad
         products = ()
         for k in tl.static_range(TERMS):
             product = dots[k]
             if not SMALL[k]:
                 at = image * term_strides[k][0] + offsets(h, w, c, term_strides[k], LAST)
                 value = tl.load(terms[k] + at, mask=mask, other=0.0).to(tl.float32)
-                product += grad * (value - by_channel(tl.load(means[k] + channel), LAST))
+                value -= by_channel(tl.load(means[k] + channel), LAST)
+                if bias is not None:
+                    grad = under_relu(grad, value, tl.load(variance + channel), weight, bias, eps, channel, LAST)
+                product += grad * value
             products += (product,)
         dots = products
+        total += grad
     # Rows of (1 + T) C sums, one per range and pixel side by side.
     at = (split.to(tl.int64) * (columns // channels) + c // channels) * (1 + TERMS) * channels + channel
     tl.store(sums + at, sum_pixels(total, LAST), mask=c < columns)
@@ -92,14 +108,18 @@ def masked_sums(
     terms: Maps,
     means: Maps,
     sums: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None,
 ) -> None:
-    """grad_sum = grad_output where output > 0; sums (1 + T, C) its sums and, for terms of its size, with term_k - mean_k."""
+    """grad_sum = grad_output where output > 0; sums (1 + T, C) its sums and, for terms of its size, with term_k - mean_k.
+
+    ``norm``: variance, weight, bias and eps of a single term whose normalised values are the output.
+    """
     maps = (grad_output, output, grad_sum, *terms)
     small = tuple(term.shape[2:] != grad_output.shape[2:] for term in terms)
     fold, pixels, strides = flat([None if m is None or m.shape[2:] != grad_output.shape[2:] else m for m in maps])
     channels = grad_output.shape[1]
     columns = fold * channels
-    last = is_last(grad_output if output is None else output)
+    last = is_last(terms[0] if norm else grad_output if output is None else output)
     problem = configs.Problem(
         "batch_norm_sum_backward", grad_output.dtype, last, columns, columns, *pixels[:3], precision="ieee"
     )
@@ -116,6 +136,7 @@ def masked_sums(
             grad_sum,
             tuple(terms),
             tuple(means),
+            *(norm or (None, None, None, 0.0)),
             partial,
             channels,
             columns,
@@ -148,6 +169,7 @@ def batch_norm_sum_backward_terms_kernel(
     eps,
     sums,
     counts,
+    bias,
     inverse_count,
     grads,
     channels,
@@ -178,15 +200,19 @@ def batch_norm_sum_backward_terms_kernel(
         inverse = tl.rsqrt(tl.load(variances[k] + channel) + eps[k])
         scale = tl.load(weights[k] + channel).to(tl.float32) * inverse
         result = given
+        value = given
+        if (sums is not None) or (bias is not None):
+            at = image * strides[k][0] + offsets(h, w, c, strides[k], LAST)
+            value = tl.load(terms[k] + at, mask=mask, other=0.0).to(tl.float32)
+            value -= by_channel(tl.load(means[k] + channel), LAST)
+        if bias is not None:
+            result = under_relu(given, value, tl.load(variances[k] + channel), weights[k], bias, eps[k], channel, LAST)
         if sums is not None:
             share = inverse_count
             if counts is not None:
                 share = 1.0 / tl.load(counts + INDEX[k]).to(tl.float32)
             slope = tl.load(sums + (1 + INDEX[k]) * channels + channel) * inverse * inverse * share
-            at = image * strides[k][0] + offsets(h, w, c, strides[k], LAST)
-            value = tl.load(terms[k] + at, mask=mask, other=0.0).to(tl.float32)
-            value -= by_channel(tl.load(means[k] + channel), LAST)
-            result = given - by_channel(tl.load(sums + channel) * share, LAST) - by_channel(slope, LAST) * value
+            result = result - by_channel(tl.load(sums + channel) * share, LAST) - by_channel(slope, LAST) * value
         result *= by_channel(scale, LAST)
         at = image * strides[TERMS + k][0] + offsets(h, w, c, strides[TERMS + k], LAST)
         tl.store(grads[k] + at, result.to(grads[k].dtype.element_ty), mask=mask)
@@ -201,8 +227,12 @@ def terms_backward(
     counts: Tensor | None,
     index: Sequence[int],
     grads: Maps,
+    bias: Tensor | None,
 ) -> None:
-    """The gradients of terms that share ``grad``; ``norms``: their means, variances, weights. ``index``: see the kernel."""
+    """The gradients of terms that share ``grad``; ``norms``: their means, variances, weights. ``index``: see the kernel.
+
+    ``bias``: of a single term's norm, with ReLU behind it, ``grad`` being the gradient behind that.
+    """
     fold, pixels, (grad_strides, *strides) = flat([grad, *terms, *grads])
     channels = grad.shape[1]
     columns = fold * channels
@@ -223,6 +253,7 @@ def terms_backward(
             tuple(eps),
             sums,
             counts,
+            bias,
             1 / max(1, grad.numel() // channels),
             tuple(grads),
             channels,

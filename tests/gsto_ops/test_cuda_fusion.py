@@ -4,6 +4,7 @@ They run in the emulator, and on a GPU where there is one.
 """
 
 import pytest
+import single_norm
 import torch
 
 from gsto_ops import reference
@@ -94,6 +95,12 @@ SUMS = [
     ((1, 264, 5, 4), 3, [(2, 2)], "absent"),
     ((0, 18, 4, 4), 1, [(2, 2)], "there"),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", single_norm.SHAPES, ids=str)
+def test_mask_of_a_single_norm(ops, shape, dtype, channels_last):
+    single_norm.compare_masks(ops, shape, dtype, channels_last)
 
 
 def make_sum(case, dtype, channels_last, normed=True):

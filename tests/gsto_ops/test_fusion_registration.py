@@ -116,6 +116,35 @@ def test_batch_norm_sum_gradients(with_input, gated, normed, training, activatio
         torch.autograd.gradgradcheck(function, sum_operands())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_a_single_norm(training):
+    """Its ReLU's mask is made from the term; the output is not kept."""
+
+    def function(term, *norm):
+        return OPS.batch_norm_sum(
+            None, None, [term], *norm_arguments([term], norm, training), "relu", "bilinear", False
+        )
+
+    operands = make(2, 3, 4, 5), make(3), make(3)
+    torch.autograd.gradcheck(function, operands)
+    torch.autograd.gradgradcheck(function, operands)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        function(*operands)
+    assert [tuple(tensor.shape) for tensor in kept if tensor is not None and tensor.dim() == 4] == [(2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_single_norm_opcheck(training):
+    term, weight, bias = (x.detach() for x in (make(2, 3, 4, 5), make(3), make(3)))
+    mean, var = statistics([term])
+    backward = (torch.randn_like(term), None, [term], mean, "bilinear", False, var[0], weight, bias, 1e-5)
+    torch.library.opcheck(OPS.batch_norm_sum_backward.default, backward, test_utils=FORWARD)
+    sums = OPS.batch_norm_sum_backward(*backward)[2] if training else None
+    arguments = (backward[0], [], [term], mean, var, [weight], [1e-5], sums, None, bias)
+    torch.library.opcheck(OPS.batch_norm_sum_backward_terms.default, arguments, test_utils=FORWARD)
+
+
 # Slow, so not every combination: the training form everywhere, the others once.
 OPCHECKED = [case for case in SUMS if case[2:] == (True, True, "relu")] + SUMS[:1] + SUMS[8:9]
 

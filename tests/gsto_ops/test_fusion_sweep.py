@@ -5,6 +5,7 @@ The bound is twice the error of plain PyTorch in the same dtype, plus a few unit
 
 import pytest
 import torch
+from single_norm import SHAPES, compare_masks
 
 import gsto_ops
 from gsto_ops import reference
@@ -148,6 +149,15 @@ def test_batch_norm_sum(backend, device, case, training, activation, mode, align
         if not mask.all():
             ours, same_dtype, exact, names = ours[:1], same_dtype[:1], exact[:1], names[:1]
     check(ours, same_dtype, exact, dtype, names)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mask_of_a_single_norm(backend, device, shape, dtype, channels_last):
+    if dtype == torch.float64 and device == "cuda":
+        pytest.skip("GPU kernels have no float64")
+    compare_masks(operators_of(backend), shape, dtype, channels_last, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,6 +16,7 @@ from gsto_ops.ops import layout_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import interpreted
+import single_norm
 from interpreted import DTYPES, TINY, assert_close, layout, layouts, parameter
 
 OPS = torch.ops.gsto_triton
@@ -133,6 +134,14 @@ def sweep_batch_norm_sum(case, dtype, last):
             dtype,
         )
         assert [g.stride() for g in grads] == [t.stride() for t in terms]
+
+
+@layouts
+@pytest.mark.parametrize(
+    "shape, dtype", [(s, torch.float32) for s in single_norm.SHAPES[:-1]] + [((2, 18, 9, 14), d) for d in DTYPES[1:]]
+)
+def sweep_mask_of_a_single_norm(shape, dtype, last):
+    single_norm.compare_masks(OPS, shape, dtype, last)
 
 
 @layouts
