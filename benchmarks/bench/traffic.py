@@ -112,9 +112,11 @@ def moved_bytes(func: Any, inputs: Any, output: Any) -> int:
     storages = {StorageWeakRef(tensor.untyped_storage()) for tensor in operands}
     fresh = [tensor for tensor in results if StorageWeakRef(tensor.untyped_storage()) not in storages]
     mutated = [
-        value
+        leaf
         for argument, value in zip(func._schema.arguments, inputs[0], strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
     ]
     if not fresh and not mutated:
         return 0  # a view

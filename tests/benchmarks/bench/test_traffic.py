@@ -27,6 +27,11 @@ def test_bytes_of_single_operators():
 
     assert counted(in_place) == (2 * 10 * 4, 0)
 
+    def in_place_in_a_list():
+        torch._foreach_mul_([torch.empty(10), torch.empty(6)], 2.0)
+
+    assert counted(in_place_in_a_list) == (2 * 16 * 4, 0)
+
     def expanded():
         torch.empty(8, 1).expand(8, 100) + torch.empty(8, 100)
 
