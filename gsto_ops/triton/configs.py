@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     height: int
     width: int
     precision: str  # of float32 products: "ieee" or "tf32"
+    tight: bool = False  # 64-bit offsets or many maps take registers that a full tile needs: half of one
 
 
 class Target(NamedTuple):
@@ -203,12 +204,17 @@ def _fitted(problem: Problem, limits: Limits, pixels: int) -> Config:
         channels = min(channels, 128)  # blocks of channels, each computed twice
     out_channels = min(max(power_of_2(problem.out_channels), least), limits.out_channels)
     block = out_channels if problem.kernel == "project" else channels
-    pixels = max(_least_pixels(problem.kernel), min(pixels, limits.pixels, limits.elements // block))
+    elements = limits.elements // 2 if problem.tight else limits.elements
+    pixels = max(_least_pixels(problem.kernel), min(pixels, limits.pixels, elements // block))
     height, width = _shape(problem, pixels)
     warps = limits.num_warps
     if not problem.kernel.startswith(("pool", "pyramid")):  # whose tiles of pixels and bins keep their size
         # At least 8 elements per thread: a 16-byte access, or its share of a matrix instruction.
         warps = min(warps, max(1, height * width * block // 256))
+    if (
+        height * width * block > limits.elements
+    ):  # the least pixels of 512 channels: more than these warps have registers for
+        warps = min(8, 2 * warps)
     return Config(height, width, channels, out_channels, warps, limits.num_stages)
 
 
@@ -289,7 +295,7 @@ def tuning_key(problem: Problem, target: Target) -> str:
         target.architecture,
         problem.kernel,
         str(problem.dtype).removeprefix("torch."),
-        problem.precision,
+        problem.precision + (" tight" if problem.tight else ""),
         "channels_last" if problem.channels_last else "contiguous",
         f"{problem.channels}-{problem.out_channels}",
         "x".join(str(n) for n in sizes),

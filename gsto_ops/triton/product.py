@@ -135,6 +135,7 @@ def project(
         out_channels,
         *pixels[:3],
         precision="ieee" if exact else precision(),
+        tight=is_wide(input, output),
     )
 
     def run(config: configs.Config) -> tuple[Tensor | None, ...]:
@@ -166,7 +167,7 @@ def project(
             ACTIVATION=activation,
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=is_wide(input, output),
+            WIDE=problem.tight,
             BLOCK_P=config.width,
             BLOCK_N=config.out_channels,
             BLOCK_K=config.channels,

@@ -199,7 +199,11 @@ def split_branch_backward(
     pixels = merged(input, grad_input, gate, *projected, *gated)
     widest = max((z.shape[1] for z in projected), default=1)
     name = "gated_split_backward_copies" if weight is None else "gated_split_backward"
-    problem = configs.Problem(name, input.dtype, is_last(input), channels, widest, *pixels[:3], precision=precision())
+    wide = is_wide(input, gate, grad_input, *projected, *gated)
+    tight = wide or len(projected) > 2  # of three projections in NCHW, 128 bytes per thread do not fit with 64 pixels
+    problem = configs.Problem(
+        name, input.dtype, is_last(input), channels, widest, *pixels[:3], precision=precision(), tight=tight
+    )
     input_strides, grad_input_strides, gate_strides, *strides = pixels.strides
     strides = [tuple(strides[: len(projected)]), tuple(strides[len(projected) :])]
     weight_strides = None if weight is None else weight.stride()[:2]
@@ -216,7 +220,7 @@ def split_branch_backward(
             "RELU": relu,
             "PRECISION": problem.precision,
             "LAST": problem.channels_last,
-            "WIDE": is_wide(input, gate, grad_input, *projected, *gated),
+            "WIDE": wide,
             "BLOCK_P": config.width,
             "BLOCK_C": config.channels,
             "BLOCK_K": config.out_channels,

@@ -50,6 +50,13 @@ def test_tiles_shrink_until_the_gpu_is_busy():
     assert configs.programs(busy, configs.choose(busy, H200)) >= configs.WAVES * H200.multiprocessors
 
 
+def test_a_tight_problem_has_half_a_tile():
+    full, tight = (
+        configs.choose(problem(out_channels=128, height=512, width=1024)._replace(tight=t), H200) for t in (False, True)
+    )
+    assert tight.width * 2 == full.width and tight.out_channels == full.out_channels
+
+
 def test_tile_shapes_follow_the_layout():
     square = configs.choose(problem("resample", images=8, height=512, width=1024), H200)
     rows = configs.choose(problem("resample", last=False, images=8, height=512, width=1024), H200)
@@ -150,9 +157,10 @@ def test_keys_tell_problems_apart():
         problem(images=9),
         problem(height=65),
         problem()._replace(precision="tf32"),
+        problem()._replace(tight=True),
     ]
     keys = {configs.tuning_key(p, H200) for p in problems} | {
         configs.tuning_key(problem(), H200._replace(name="other"))
     }
-    assert len(keys) == 10
+    assert len(keys) == 11
     assert configs.tuning_key(problem(width=100), H200) == configs.tuning_key(problem(width=128), H200)
