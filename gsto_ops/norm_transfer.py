@@ -38,19 +38,26 @@ def gated_batch_norm_transfer(
         (float64 for float64 input), for running statistics: no gradient flows through them.
 
     Raises:
-        ValueError, TypeError: as :func:`gated_scale_transfer`.
+        ValueError, TypeError: as :func:`gated_scale_transfer`; one value per channel.
     """
     checks.check_input(input)
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got None (without a projection, use gated_scale_transfer)")
-    out_channels = weight.shape[:1] if isinstance(weight, Tensor) else ()
+    if not isinstance(norm_weight, Tensor) or not isinstance(norm_bias, Tensor):
+        given = f"{type(norm_weight).__name__} and {type(norm_bias).__name__}"
+        raise TypeError(f"norm_weight and norm_bias must be torch.Tensors, got {given}")
     checks.check_parameters(
         input,
         ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
         ("gate_bias", gate_bias, (1,), "one number"),
         ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)"),
     )
-    dtype = reference.statistics_dtype(input)
+    out_channels, dtype = weight.shape[:1], reference.statistics_dtype(input)
+    batch, _, height, width = input.shape
+    if batch * height * width < 2:
+        raise ValueError(
+            f"batch norm in training mode needs more than one value per channel, got {(batch, *out_channels, height, width)}"
+        )
     if norm_weight.dtype is not dtype or norm_bias.dtype is not dtype:
         norm_weight, norm_bias = norm_weight.to(dtype), norm_bias.to(dtype)
     checks.check_parameters(
@@ -114,10 +121,6 @@ def gated_norm_transfer(
         weight = (projection.weight * scale[:, None, None, None]).to(projection.weight.dtype)
         shift = shift.to(projection.weight.dtype)
         return gated_scale_transfer(input, *gate, weight, shift, activation=activation, **transfer)
-    checks.check_input(input)
-    if input.shape[0] * input.shape[2] * input.shape[3] < 2:
-        shape = (input.shape[0], projection.out_channels, *input.shape[2:])
-        raise ValueError(f"batch norm in training mode needs more than one value per channel, got {shape}")
     output, mean, var = gated_batch_norm_transfer(
         input, *gate, projection.weight, norm.weight, norm.bias, eps=norm.eps, activation=activation, **transfer
     )

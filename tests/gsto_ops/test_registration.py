@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gsto_ops
-from gsto_ops.ops import layout_of
+from gsto_ops.ops import gated_batch_norm_transfer, layout_of
 
 OPS = torch.ops.gsto_ops
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -102,6 +102,20 @@ def test_opcheck_backward(case, optional_grads, memory_format):
     torch.library.opcheck(
         getattr(OPS, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("memory_format", [NCHW, NHWC])
+def test_a_transfer_with_a_batch_norm_is_made_of_two_operators_where_it_has_no_kernel(memory_format):
+    name = "gated_batch_norm_transfer"
+    _, operands, others = cases(memory_format=memory_format)[f"{name}-no-bias"]
+    operands = [o if o is None else o.detach() for o in operands]
+    forward = (*operands, *others)
+    backward = backward_arguments(name, operands, others, optional_grads=False)
+    for operator, arguments in ((name, forward), (f"{name}_backward", backward)):
+        made = getattr(gated_batch_norm_transfer, "_kernel" if operator == name else "_backward_kernel")(*arguments)
+        for actual, expected in zip(made, getattr(OPS, operator)(*arguments), strict=True):
+            torch.testing.assert_close(actual, expected)
+            assert actual.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("memory_format", [NCHW, NHWC])
