@@ -174,12 +174,14 @@ def main() -> int:
     print(f"{'arch':>6}{'registers':>11}{'shared':>9}{'stack':>7}  kernel")
     for k in kernels:
         print(f"{k.architecture:>6}{k.registers:>11}{k.shared:>9}{k.stack:>7}  {k.name}{k.wrong}")
-    bad = sum(bool(k.wrong) for k in kernels)
+    wrong = [k for k in kernels if k.wrong]
+    for k in wrong:
+        print(f"sm_{k.architecture}: {k.registers} registers, {k.shared} shared, {k.stack} stack: {k.name}{k.wrong}")
     print(
         f"{len(kernels)} kernels, at most {max(k.registers for k in kernels)} registers and "
-        f"{max(k.shared for k in kernels)} bytes of shared memory, {bad} with spills or too much shared memory"
+        f"{max(k.shared for k in kernels)} bytes of shared memory, {len(wrong)} with spills or too much shared memory"
     )
-    return 1 if bad else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

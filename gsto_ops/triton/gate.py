@@ -122,6 +122,7 @@ def gate_pool(
         images, height, width, strides = merged(input, dest)
         rows, cols = ((n, n, 1.0, 1.0, 1) for n in (height, width))
     channels, out_channels = input.shape[1], dest.shape[1]
+    wide = r.wide or is_wide(input, dest)
     problem = configs.Problem(
         "gate_pool" if weight is None else "gate_pool_project",
         input.dtype,
@@ -132,6 +133,7 @@ def gate_pool(
         rows[1],
         cols[1],
         precision=precision(),
+        tight=wide or (relu and weight is None),  # 160 bytes per thread do not fit
     )
 
     def run(config: configs.Config) -> None:
@@ -156,7 +158,7 @@ def gate_pool(
             RELU=relu,
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=r.wide or is_wide(input, dest),
+            WIDE=wide,
             UNROLL=min(2, unroll(cols)),
             BLOCK_H=config.height,
             BLOCK_W=config.width,
@@ -328,6 +330,7 @@ def gate_backward(
         images, height, width, strides = merged(*dz.maps, input, grad_input)
         rows, cols = ((n, n, 1.0, 1.0, 1) for n in (height, width))
     channels, out_channels = input.shape[1], dz.grad.shape[1]
+    wide = r.wide or is_wide(*dz.maps, input)
     problem = configs.Problem(
         "gate_backward" if weight is None else "project_backward",
         input.dtype,
@@ -338,6 +341,7 @@ def gate_backward(
         rows[0],
         cols[0],
         precision=precision(),
+        tight=wide or (relu and weight is None),  # the mask of 8192 elements: 112 bytes per thread do not fit
     )
 
     def run(config: configs.Config) -> Tensor:
@@ -371,7 +375,7 @@ def gate_backward(
             RELU=relu,
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=r.wide or is_wide(*dz.maps, input),
+            WIDE=wide,
             UNROLL=min(2, unroll(cols)),
             SINGLE=config.channels >= channels,
             BLOCK_H=config.height,
