@@ -90,7 +90,7 @@ struct BatchNormSum {
   const A* mean_of(int64_t k, int64_t group) const { return scale_of(k, group) + pattern; }
 
   // The input's line times its gate.
-  void gate_line(int64_t n, int64_t group, int64_t h, const S* from, A* to) const {
+  void gate_line(int64_t n, int64_t h, const S* from, A* to) const {
     const S* gates = pixel<S>(p.gate, n, h, 0);
     for (int64_t w = 0; w < p.width; ++w) {
       const A gate = load_some(gates + w * p.gate.stride_w, 1)[0];
@@ -141,7 +141,7 @@ struct BatchNormSum {
           S* output = lines.line(p.output, n, group, h);
           const A* shift = patterns.data() + 2 * p.term_count * pattern + group * lines.period;
           if (p.gate.data) {
-            gate_line(n, group, h, input, gated.data());
+            gate_line(n, h, input, gated.data());
             sum_line(gated.data(), same, mixed, shift, output);
           } else {
             sum_line(input, same, mixed, shift, output);
