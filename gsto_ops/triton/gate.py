@@ -133,7 +133,7 @@ def gate_pool(
         rows[1],
         cols[1],
         precision=precision(),
-        tight=wide or (relu and weight is None),  # 160 bytes per thread do not fit
+        tight=wide or (weight is None and not r.identity),  # else 128 - 160 bytes per thread do not fit
     )
 
     def run(config: configs.Config) -> None:

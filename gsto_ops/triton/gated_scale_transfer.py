@@ -47,8 +47,8 @@ def forward(
         return output, gate
     pools = (r.mode == "avg" and r.shrinks) or r.identity
     large = r.shrinks and r.rows[4] * r.cols[4] >= LARGE_WINDOW
-    # 64-bit offsets and 512 channels of a pixel do not fit the registers together.
-    if pools and not large and channels <= (MAX_CHANNELS // 2 if is_wide(input) else MAX_CHANNELS):
+    # 64-bit offsets and 256 channels of a pixel do not fit the registers together.
+    if pools and not large and channels <= (MAX_CHANNELS // 4 if is_wide(input) else MAX_CHANNELS):
         gate_pool(r, input, rho, gate_bias, gate, output, weight=weight, bias=bias, relu=relu)
         return output, gate
     step = images_per_chunk(batch, channels * height * width * input.element_size())

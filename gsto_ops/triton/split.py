@@ -169,7 +169,12 @@ def split_branch(
     pixels = merged(input, gate, *projected, *gated)
     widest = max((z.shape[1] for z in projected), default=1)
     name = "gated_split_copies" if weight is None else "gated_split"
-    problem = configs.Problem(name, input.dtype, is_last(input), channels, widest, *pixels[:3], precision=precision())
+    wide = is_wide(input, gate, *projected, *gated)
+    # Of three copies in channels_last 40 - 104 bytes per thread do not fit with 128 pixels.
+    tight = wide or (is_last(input) and weight is None and len(gated) > 2)
+    problem = configs.Problem(
+        name, input.dtype, is_last(input), channels, widest, *pixels[:3], precision=precision(), tight=tight
+    )
 
     def run(config: configs.Config) -> tuple[Tensor, ...]:
         tiles = pixels.images * pixels.height * ceil_div(pixels.width, config.width)
@@ -204,7 +209,7 @@ def split_branch(
             RELU=relu,
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=is_wide(input, gate, *projected, *gated),
+            WIDE=wide,
             SINGLE=config.channels >= channels,
             BLOCK_P=config.width,
             BLOCK_N=config.out_channels,
