@@ -82,7 +82,7 @@ _SM_80 = {
     ("gated_split_backward_copies", 4): Limits(128, 4096, 512, 1, 8, 1),
     ("channel_statistics", 2): Limits(256, 4096, 64, 1, 8, 1),
     ("channel_statistics", 4): Limits(256, 4096, 64, 1, 8, 1),
-    ("batch_norm_sum", 2): Limits(256, 4096, 64, 1, 4, 1),
+    ("batch_norm_sum", 2): Limits(256, 4096, 64, 1, 8, 1),
     ("batch_norm_sum", 4): Limits(256, 2048, 64, 1, 4, 1),
     ("batch_norm_sum_gather", 2): Limits(128, 2048, 64, 1, 8, 1),
     ("batch_norm_sum_gather", 4): Limits(128, 2048, 64, 1, 8, 1),
