@@ -8,6 +8,7 @@ from torch import Tensor
 
 MODES = ("bilinear", "avg", "nearest")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REQUIRED = ("gate_weight", "class_weight")  # all other parameters may be None where a function allows it
 
 Size = int | Sequence[int]
 ScaleFactor = float | Sequence[float]
@@ -45,14 +46,14 @@ def check_parameter(
     meaning: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """``parameter`` is None or has this shape (None: any size > 0), the input's device, and this dtype.
+    """``parameter`` has this shape (None: any size > 0), the input's device, and this dtype; or it is None and not in ``REQUIRED``.
 
     Without ``dtype`` it must have the input's dtype, except under autocast, which casts both.
     """
-    if parameter is None:
+    if parameter is None and name not in REQUIRED:
         return
     if not isinstance(parameter, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {None if parameter is None else type(parameter).__name__}")
     given = parameter.shape
     fits = len(given) == len(shape) and all(
         actual == wanted if wanted is not None else actual > 0 for actual, wanted in zip(given, shape, strict=True)
@@ -84,7 +85,7 @@ def check_parameters(
     """:func:`check_parameter` of (name, parameter, shape, meaning) each, in less time where nothing is wrong."""
     wanted, device = dtype or input.dtype, input.device
     for name, parameter, shape, meaning in parameters:
-        if parameter is None:
+        if parameter is None and name not in REQUIRED:
             continue
         if isinstance(parameter, Tensor) and parameter.dtype is wanted and parameter.device == device:
             given = parameter.shape

@@ -191,6 +191,7 @@ BAD = {
     "input type": ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
     "input dtype": ({"input": torch.ones(2, 6, 5, 7).long()}, TypeError, "input must be a floating-point.*int64"),
     "input empty": ({"input": torch.ones(2, 6, 0, 7)}, ValueError, r"input must have at least one.*\(2, 6, 0, 7\)"),
+    "gate_weight missing": ({"gate_weight": None}, TypeError, r"gate_weight must be a torch\.Tensor, got None"),
     "gate_weight shape": (
         {"gate_weight": torch.ones(1, 5, 1, 1)},
         ValueError,
