@@ -46,7 +46,7 @@ def check_parameter(
     meaning: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """``parameter`` has this shape (None: any size > 0), the input's device, and this dtype; or it is None and not in ``REQUIRED``.
+    """``parameter`` has this shape (None: any size > 0), the input's device, this dtype; or it is None and not in ``REQUIRED``.
 
     Without ``dtype`` it must have the input's dtype, except under autocast, which casts both.
     """
