@@ -180,7 +180,7 @@ struct BatchNormSum {
     Array<Narrowed> narrowed(p.term_count);
     for (int64_t k = 0; k < p.term_count; ++k)
       if (p.terms[k].low) narrowed.add(p.terms[k], lines, k);
-    Reduction<A> reduction(lines.tasks(), kinds * pattern);
+    Reduction<A> reduction(lines.tasks(), kinds * pattern, lines.values());
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const Buffer<A> values(narrowed.size() ? padded<A>(lines.size) : 0);
       lines.visit(begin, end, [&](int64_t n, int64_t group, int64_t first, int64_t last) {
@@ -282,7 +282,7 @@ struct BatchNormSum {
     const NormTerm& term = narrowed.term;
     const Lines<S> small(p.planar, p.batch, p.channels, term.height, term.width);
     const A* means = patterns.data() + (2 * narrowed.index + 1) * pattern;
-    Reduction<A> reduction(small.tasks(), pattern);
+    Reduction<A> reduction(small.tasks(), pattern, small.values());
     reduction.run(call, [&](int64_t begin, int64_t end, A* slot) {
       const Buffer<A> values(narrowed.line);
       small.visit(begin, end, [&](int64_t n, int64_t group, int64_t first, int64_t last) {

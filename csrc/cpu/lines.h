@@ -63,6 +63,7 @@ struct Lines {
         period(p ? lanes : c * (lanes / common_divisor(c, lanes))),
         rows_per_task(p ? h : least(8, h)) {}
 
+  int64_t values() const { return batch * channels * height * width; }
   int64_t tasks() const { return batch * groups * ((height + rows_per_task - 1) / rows_per_task); }
 
   // Calls f(n, group, first row, end) for tasks begin .. end - 1.

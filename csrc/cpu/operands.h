@@ -72,8 +72,9 @@ struct Operands {
 template <class A>
 class Reduction {
  public:
-  Reduction(int64_t tasks, int64_t size)
-      : tasks_(tasks), size_(size), slots_(slots_for(tasks, size)), sums_(slots_ * size) {}
+  // `values`: as many as are summed, where the sums of 64 slots may be more than they are.
+  Reduction(int64_t tasks, int64_t size, int64_t values = INT64_MAX)
+      : tasks_(tasks), size_(size), slots_(slots_for(tasks, size, values)), sums_(slots_ * size) {}
 
   // Calls f(begin, end, sums) once per slot with its range of tasks.
   template <class F>
@@ -102,9 +103,9 @@ class Reduction {
 
  private:
   // At most 64 slots (as many threads can take part) and 64 MiB of sums. At least four tasks each, as a slot of a large
-  // weight costs as much as a task, but 8 slots in any case.
-  static int64_t slots_for(int64_t tasks, int64_t size) {
-    const int64_t fit = (int64_t{64} << 20) / (size * static_cast<int64_t>(sizeof(A)));
+  // weight costs as much as a task, and together at most a quarter of the values, but 8 slots in any case.
+  static int64_t slots_for(int64_t tasks, int64_t size, int64_t values) {
+    const int64_t fit = least((int64_t{64} << 20) / (size * static_cast<int64_t>(sizeof(A))), values / (4 * size));
     return least(tasks, most(8, least(64, least(tasks / 4, fit))));
   }
 
