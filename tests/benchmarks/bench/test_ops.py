@@ -4,8 +4,8 @@ What a GPU does differently (events, flushed cache, captured graphs) is in ``ker
 """
 
 import json
-import os
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
