@@ -2,20 +2,26 @@
 #include "cpu/binding.h"
 
 namespace gsto::cpu {
-namespace {
 
-AffineScaleTransferParams common_params(const Operator& op, const Tensor& scale, const Tensor& shift,
-                                        StringHandle activation) {
+AffineScaleTransferParams affine_scale_transfer_params(const Operator& op, bool relu) {
   AffineScaleTransferParams p;
-  p.relu = is_relu(op.name, activation);
+  p.relu = relu;
   p.dtype = op.dtype;
   p.batch = op.batch;
   p.channels = op.channels;
   p.in_height = op.height;
   p.in_width = op.width;
+  p.input = view(op.input);
+  return p;
+}
+
+namespace {
+
+AffineScaleTransferParams common_params(const Operator& op, const Tensor& scale, const Tensor& shift,
+                                        StringHandle activation) {
+  AffineScaleTransferParams p = affine_scale_transfer_params(op, is_relu(op.name, activation));
   op.check("scale", scale, {p.channels}, true);
   op.check("shift", shift, {p.channels}, true);
-  p.input = view(op.input);
   p.scale = view(scale);
   p.shift = view(shift);
   return p;

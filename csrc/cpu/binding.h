@@ -64,4 +64,9 @@ class ResamplingTables {
   std::optional<AxisTable> rows_transposed_, cols_transposed_;
 };
 
+// What the calls of these operators have in common, forward and backward: the input, its sizes, and the parameters
+// given.
+GatedProjectionParams gated_projection_params(const Operator& op, const Tensor& gate_weight, const Tensor& weight);
+AffineScaleTransferParams affine_scale_transfer_params(const Operator& op, bool relu);
+
 }  // namespace gsto::cpu

@@ -49,35 +49,6 @@ struct Norm {
   }
 };
 
-GatedProjectionParams projection_params(const Operator& op, const Tensor& gate_weight, const Tensor& weight) {
-  GatedProjectionParams p;
-  p.dtype = op.dtype;
-  p.batch = op.batch;
-  p.channels = op.channels;
-  STD_TORCH_CHECK(weight.dim() == 4, "gsto_ops::", op.name, ": weight must be (C', C, 1, 1), got ", shape_of(weight));
-  p.out_channels = weight.size(0);
-  p.in_height = op.height;
-  p.in_width = op.width;
-  op.check("gate_weight", gate_weight, {1, p.channels, 1, 1});
-  op.check("weight", weight, {p.out_channels, p.channels, 1, 1});
-  p.input = view(op.input);
-  p.gate_weight = view(gate_weight);
-  p.weight = view(weight);
-  return p;
-}
-
-AffineScaleTransferParams transfer_params(const Operator& middle, bool relu) {
-  AffineScaleTransferParams p;
-  p.relu = relu;
-  p.dtype = middle.dtype;
-  p.batch = middle.batch;
-  p.channels = middle.channels;
-  p.in_height = middle.height;
-  p.in_width = middle.width;
-  p.input = view(middle.input);
-  return p;
-}
-
 template <class A>
 void transfer(const Operator& middle, const Norm& norm, const Resampling& resampling, AffineScaleTransferParams& p) {
   Rows<A> rows(2, p.channels);
@@ -94,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Operator op("gated_batch_norm_transfer", input);
   const bool relu = is_relu(op.name, activation);
   const Resampling r = resampling_of(op.name, input, size, mode, align_corners, scale_h, scale_w);
-  GatedProjectionParams p = projection_params(op, gate_weight, weight);
+  GatedProjectionParams p = gated_projection_params(op, gate_weight, weight);
   op.check("gate_bias", gate_bias, {1});
   op.check("norm_weight", norm_weight, {p.out_channels}, true);
   op.check("norm_bias", norm_bias, {p.out_channels}, true);
@@ -112,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
   const Operator middle(op.name, projected);
   const Norm norm{view(norm_weight), view(norm_bias), p.mean, p.var, eps};
-  AffineScaleTransferParams q = transfer_params(middle, relu);
+  AffineScaleTransferParams q = affine_scale_transfer_params(middle, relu);
   q.output = view(output);
   if (op.dtype == gsto::ScalarType::kFloat64)
     transfer<double>(middle, norm, r, q);
@@ -156,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                   shape_of(grad_output));
   const Resampling r =
       resampling_of(op.name, input, {grad_output.size(2), grad_output.size(3)}, mode, align_corners, scale_h, scale_w);
-  GatedProjectionParams p = projection_params(op, gate_weight, weight);
+  GatedProjectionParams p = gated_projection_params(op, gate_weight, weight);
   op.check("grad_output", grad_output, {p.batch, p.out_channels, r.rows.out, r.cols.out});
   op.check("projected", projected, {p.batch, p.out_channels, p.in_height, p.in_width});
   op.check("gate", gate, {p.batch, 1, p.in_height, p.in_width});
@@ -166,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   op.check("var", var, {p.out_channels}, true);
 
   const Operator middle(op.name, projected);
-  AffineScaleTransferParams q = transfer_params(middle, relu);
+  AffineScaleTransferParams q = affine_scale_transfer_params(middle, relu);
   const Tensor grad_projected = middle.new_map(p.out_channels, p.in_height, p.in_width);
   q.grad_output = view(grad_output);
   q.grad_input = view(grad_projected);

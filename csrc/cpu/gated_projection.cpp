@@ -2,9 +2,8 @@
 #include "cpu/binding.h"
 
 namespace gsto::cpu {
-namespace {
 
-GatedProjectionParams common_params(const Operator& op, const Tensor& gate_weight, const Tensor& weight) {
+GatedProjectionParams gated_projection_params(const Operator& op, const Tensor& gate_weight, const Tensor& weight) {
   GatedProjectionParams p;
   p.dtype = op.dtype;
   p.batch = op.batch;
@@ -21,10 +20,12 @@ GatedProjectionParams common_params(const Operator& op, const Tensor& gate_weigh
   return p;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weight,
                                                    OptionalTensor gate_bias, const Tensor& weight) {
   const Operator op("gated_projection", input);
-  GatedProjectionParams p = common_params(op, gate_weight, weight);
+  GatedProjectionParams p = gated_projection_params(op, gate_weight, weight);
   op.check("gate_bias", gate_bias, {1});
   p.gate_bias = view(gate_bias);
 
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, O
                                                     const Tensor& input, const Tensor& gate, const Tensor& gate_weight,
                                                     const Tensor& weight, const Tensor& output, const Tensor& mean) {
   const Operator op("gated_projection_backward", input);
-  GatedProjectionParams p = common_params(op, gate_weight, weight);
+  GatedProjectionParams p = gated_projection_params(op, gate_weight, weight);
   op.check("grad_output", grad_output, {p.batch, p.out_channels, p.in_height, p.in_width});
   op.check("output", output, {p.batch, p.out_channels, p.in_height, p.in_width});
   op.check("gate", gate, {p.batch, 1, p.in_height, p.in_width});
