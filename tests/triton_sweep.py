@@ -168,13 +168,13 @@ def run_sums(domain: Domain, x: torch.Tensor) -> None:
             y = batch_norm_sum.forward(*first, terms, *norms, eps, True, None, None, act, mode, align)
             batch_norm_sum.forward(*first, terms, [], [], [], [], [], False, None, None, act, mode, align)
         output = y if act == "relu" else None
-        dm, gathered, sums = batch_norm_sum.backward(y, output, terms, norms[0], mode, align)
-        batch_norm_sum.backward(y, output, terms, [], mode, align)
+        dm, gathered, sums = batch_norm_sum.backward(y, output, terms, *norms[:2], eps, mode, align)
+        batch_norm_sum.backward(y, output, terms, [], [], [], mode, align)
         for sums_or_none, counts in ((sums, None), (sums, mean), (None, None)):
             grad = y if output is None else dm
             batch_norm_sum.backward_terms(grad, gathered, terms, *norms[:3], eps, sums_or_none, counts)
             if act == "relu" and len(factors) == 1 and factors[0] == 1:  # a single norm: the mask from its term
-                batch_norm_sum.backward(y, None, terms, norms[0], mode, align, mean, mean, mean, 1e-5)
+                batch_norm_sum.backward(y, None, terms, *norms[:2], eps, mode, align, mean, mean)
                 batch_norm_sum.backward_terms(y, [], terms, *norms[:3], eps, sums_or_none, counts, mean)
 
 

@@ -167,22 +167,24 @@ void forward_in_place(OptionalTensor input, OptionalTensor gate, std::vector<Ten
 
 std::tuple<Tensor, std::vector<Tensor>, Tensor> backward(const Tensor& grad_output, OptionalTensor output,
                                                          std::vector<Tensor> terms, std::vector<Tensor> mean,
-                                                         StringHandle mode, bool align_corners, OptionalTensor var,
-                                                         OptionalTensor weight, OptionalTensor bias, double eps) {
+                                                         std::vector<Tensor> var, std::vector<double> eps,
+                                                         StringHandle mode, bool align_corners, OptionalTensor weight,
+                                                         OptionalTensor bias) {
   STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum_backward: terms must not be empty");
   const Operator op("batch_norm_sum_backward", grad_output);
   const bool planar = is_planar(output.has_value() ? *output : terms[0]);
   op.check("output", output, {op.batch, op.channels, op.height, op.width});
   Terms list(op, terms, op.height, op.width, planar);
   list.set("mean", mean, &NormTerm::mean);
+  list.set("var", var, &NormTerm::var);
+  list.set_eps(eps);
+  STD_TORCH_CHECK(mean.size() == var.size() && mean.size() == eps.size(), "gsto_ops::", op.name,
+                  ": mean, var and eps must be as many as the terms, or none");
   if (bias.has_value()) {
-    STD_TORCH_CHECK(
-        terms.size() == 1 && mean.size() == 1 && var.has_value() && weight.has_value() && !output.has_value(),
-        "gsto_ops::", op.name, ": bias is for a single term with mean, var and weight, and without output");
-    list.set("var", {*var}, &NormTerm::var);
+    STD_TORCH_CHECK(terms.size() == 1 && mean.size() == 1 && weight.has_value() && !output.has_value(),
+                    "gsto_ops::", op.name, ": bias is for a single term with mean and weight, and without output");
     list.set("weight", {*weight}, &NormTerm::weight);
     list.set("bias", {*bias}, &NormTerm::bias);
-    list.set_eps({eps});
   }
   list.set_tables(upsampling(op.name, mode), align_corners, true);
   BatchNormSumParams p = list.params();

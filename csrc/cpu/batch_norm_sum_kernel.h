@@ -82,7 +82,7 @@ struct BatchNormSum {
   A inverse_deviation(const NormTerm& t, int64_t c) const {
     return A(1) / square_root(at(t.var, c) + static_cast<A>(t.eps));
   }
-  // backward, the first pass, has no use for it, and no variance.
+  // backward, the first pass, has no use for it where the ReLU's mask is not the norm's.
   A scale(const NormTerm& t, int64_t c) const { return t.weight ? at(t.weight, c) * inverse_deviation(t, c) : A(1); }
 
   // The patterns of a group.
@@ -174,7 +174,8 @@ struct BatchNormSum {
     });
   }
 
-  // Sums of a pattern each: of d, and with norms of d_k (t_k - mean_k) for every term of the output's size.
+  // Sums of a pattern each: of d, and with norms of d_k (t_k - mean_k) for every term of the output's size. Those of
+  // the channels are over the standard deviation: the gradients of the norms' biases and weights.
   void backward() const {
     const int64_t kinds = 1 + (p.normed ? p.term_count : 0);
     Array<Narrowed> narrowed(p.term_count);
@@ -199,6 +200,8 @@ struct BatchNormSum {
       const Narrowed& term = narrowed[k];
       gather(term, p.normed ? sums + (1 + term.index) * p.channels : nullptr);
     }
+    for (int64_t k = 0; k + 1 < kinds; ++k)
+      for (int64_t c = 0; c < p.channels; ++c) sums[(1 + k) * p.channels + c] *= inverse_deviation(p.terms[k], c);
   }
 
   static void add_slots(const Reduction<A>& reduction, int64_t size, A* totals) {
@@ -308,7 +311,7 @@ struct BatchNormSum {
     small.fold(totals.data(), sums);
   }
 
-  // Of one term: scale (G - sum d / n - (t - mean) invstd^2 sum d (t - mean) / n); scale G where the statistics are
+  // Of one term: scale (G - sum d / n - u sum d u / n), u = (t - mean) invstd; scale G where the statistics are
   // constants.
   void backward_terms() const {
     const NormTerm& term = p.terms[0];
@@ -317,9 +320,7 @@ struct BatchNormSum {
     const A count = static_cast<A>(term.count);
     lines.fill(offset.data(), [&](int64_t c) { return p.statistics ? sums[c] / count : A(0); });
     lines.fill(slope.data(), [&](int64_t c) {
-      if (!p.statistics) return A(0);
-      const A inverse = inverse_deviation(term, c);
-      return sums[p.sums_row * p.channels + c] * inverse * inverse / count;
+      return p.statistics ? sums[p.sums_row * p.channels + c] * inverse_deviation(term, c) / count : A(0);
     });
     parallel_for(call, lines.tasks(), [&](int64_t begin, int64_t end) {
       lines.visit(begin, end, [&](int64_t n, int64_t group, int64_t first, int64_t last) {

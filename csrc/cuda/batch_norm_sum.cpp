@@ -11,11 +11,11 @@ using Tensors = std::vector<Tensor>;
 // The batch norms of the terms, or none. Holds the tensors that the kernels' pointers lead to.
 class Norms {
  public:
-  Norms(const Call& call, size_t terms, const Tensors& mean, const Tensors& variance, const Tensors& weight,
+  Norms(const Call& call, size_t terms, const Tensors& mean, const Tensors& variance, const Tensors* weight,
         const Tensors* bias, const std::vector<double>& eps)
       : eps_(eps) {
     const char* names[] = {"mean", "var", "weight", "bias"};
-    const Tensors* lists[] = {&mean, &variance, &weight, bias};
+    const Tensors* lists[] = {&mean, &variance, weight, bias};
     for (size_t i = 0; i < 4; ++i) {
       if (lists[i] == nullptr) continue;
       STD_TORCH_CHECK(lists[i]->size() == mean.size(), "gsto_ops::", call.op, ": ", names[i],
@@ -38,13 +38,15 @@ class Norms {
     norm.mean = at(0, k);
     norm.variance = at(1, k);
     norm.weight = at(2, k);
-    norm.bias = values_[3].empty() ? nullptr : at(3, k);
+    norm.bias = at(3, k);
     norm.eps = static_cast<float>(eps_[k]);
     return norm;
   }
 
  private:
-  const float* at(size_t list, size_t k) const { return static_cast<const float*>(values_[list][k].data_ptr()); }
+  const float* at(size_t list, size_t k) const {
+    return values_[list].empty() ? nullptr : static_cast<const float*>(values_[list][k].data_ptr());
+  }
 
   std::array<Tensors, 4> values_;
   const std::vector<double>& eps_;
@@ -90,7 +92,7 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
   const Call call(op, input.has_value() ? *input : terms[0]);
   check_terms(call, terms);
   call.check("gate", gate, {call.batch, 1, call.height, call.width});
-  const Norms norms(call, terms.size(), mean, var, weight, &bias, eps);
+  const Norms norms(call, terms.size(), mean, var, &weight, &bias, eps);
   const Tensor output = call.new_map(call.channels, call.height, call.width);
   const OptionalTensor gates = contiguous(gate);
 
@@ -132,34 +134,23 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
 }
 
 std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, OptionalTensor output, Tensors terms,
-                                             Tensors mean, StringHandle mode, bool align_corners, OptionalTensor var,
-                                             OptionalTensor weight, OptionalTensor bias, double eps) {
+                                             Tensors mean, Tensors var, std::vector<double> eps, StringHandle mode,
+                                             bool align_corners, OptionalTensor weight, OptionalTensor bias) {
   const char* op = "batch_norm_sum_backward";
   const Sampling sampling(op, mode, align_corners);
   const bool masked = bias.has_value();  // by the single term
-  STD_TORCH_CHECK(!masked || (terms.size() == 1 && mean.size() == 1 && var.has_value() && weight.has_value() &&
-                              !output.has_value()),
-                  "gsto_ops::", op, ": bias is for a single term with mean, var and weight, and without output");
+  STD_TORCH_CHECK(!masked || (terms.size() == 1 && mean.size() == 1 && weight.has_value() && !output.has_value()),
+                  "gsto_ops::", op, ": bias is for a single term with mean and weight, and without output");
   const Call call(op, output.has_value() ? *output : masked ? terms[0] : grad_output);
   call.check("grad_output", grad_output, {call.batch, call.channels, call.height, call.width});
   check_terms(call, terms);
-  STD_TORCH_CHECK(mean.empty() || mean.size() == terms.size(), "gsto_ops::", op,
-                  ": mean must have one entry per term (", terms.size(), ") or none, got ", mean.size());
-  for (Tensor& values : mean) {
-    call.check("mean", values, {call.channels}, true);
-    values = as_dense(values);
-  }
+  const Tensors weights = masked ? Tensors{*weight} : Tensors{}, biases = masked ? Tensors{*bias} : Tensors{};
+  const Norms norms(call, terms.size(), mean, var, masked ? &weights : nullptr, masked ? &biases : nullptr, eps);
   const Tensor dy = call.dense(grad_output);
   const Tensor grad_sum =
       output.has_value() ? call.new_map(call.channels, call.height, call.width) : call.new_tensor({0});
   const Tensor sums = call.new_floats({1 + static_cast<int64_t>(mean.size()), call.channels});
   float* totals = static_cast<float*>(sums.data_ptr());
-  const std::vector<double> epsilons(mean.size(), eps);
-  const Tensors biases = masked ? Tensors{*bias} : Tensors{};
-  const auto norms =
-      masked ? std::make_optional<Norms>(call, size_t{1}, mean, Tensors{*var}, Tensors{*weight}, &biases, epsilons)
-             : std::nullopt;
-  const auto mean_of = [&](size_t k) { return static_cast<const float*>(mean[k].data_ptr()); };
 
   // Terms of the output's size have their sums taken on the way, the others are gathered from dm.
   std::vector<size_t> same, low;
@@ -239,8 +230,7 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
       const Tensor term = same.empty() ? Tensor() : slice(terms[same[i]]);
       if (!same.empty()) {
         p.term = term.data_ptr();
-        if (masked) p.norm = (*norms)[0];
-        p.norm.mean = mean_of(same[i]);
+        p.norm = norms[same[i]];
       }
       p.sums = same_sums[i].take(int64_t{p.plan.blocks} * p.plan.fold, call.channels);
       call.launched(launch_batch_norm_sum_backward(p, call.stream));
@@ -256,13 +246,13 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
       ResampleParams p{};
       p.transposed = true;
       p.mask = term.data_ptr();
-      p.mean = mean_of(low[i]);
+      p.mean = norms[low[i]].mean;
       p.sums = low_sums[i].take(blocks, call.channels);
       part.resample_with(p, r, dm, result, blocks);
     }
   }
   // The first C columns are a term's sum, the others dm's own, which is the same for all.
-  const auto finish = [&](const Partial& partial, float* to, float* tail) {
+  const auto finish = [&](const Partial& partial, const Norm& norm, float* to, float* tail) {
     const int64_t columns = partial.columns * call.channels;
     SumRowsParams p{static_cast<const float*>(partial.sums.data_ptr()),
                     partial.rows,
@@ -271,13 +261,17 @@ std::tuple<Tensor, Tensors, Tensor> backward(const Tensor& grad_output, Optional
                     ScalarType::kFloat32,
                     to,
                     tail,
-                    call.channels};
+                    call.channels,
+                    norm.variance,
+                    norm.eps};
     call.launched(launch_sum_rows(p, call.stream));
   };
-  const auto total_of = [&](size_t k) { return totals + static_cast<int64_t>(1 + k) * call.channels; };
-  if (same.empty()) finish(same_sums[0], totals, nullptr);
-  for (size_t i = 0; i < same.size(); ++i) finish(same_sums[i], total_of(same[i]), i == 0 ? totals : nullptr);
-  for (size_t i = 0; i < low_sums.size(); ++i) finish(low_sums[i], total_of(low[i]), nullptr);
+  const auto finish_term = [&](const Partial& partial, size_t k, float* tail) {
+    finish(partial, norms[k], totals + static_cast<int64_t>(1 + k) * call.channels, tail);
+  };
+  if (same.empty()) finish(same_sums[0], Norm{}, totals, nullptr);
+  for (size_t i = 0; i < same.size(); ++i) finish_term(same_sums[i], same[i], i == 0 ? totals : nullptr);
+  for (size_t i = 0; i < low_sums.size(); ++i) finish_term(low_sums[i], low[i], nullptr);
   for (size_t i = 0; i < low.size(); ++i) gathered[i] = as_dense(gathered[i], is_channels_last(formats_of[i]));
   return {grad_sum, gathered, sums};
 }
@@ -291,7 +285,7 @@ Tensors backward_terms(const Tensor& grad_sum, Tensors gathered, Tensors terms, 
   STD_TORCH_CHECK(!bias.has_value() || terms.size() == 1, "gsto_ops::", op, ": bias is for a single term, got ",
                   terms.size());
   const Tensors biases = bias.has_value() ? Tensors{*bias} : Tensors{};
-  const Norms norms(whole, terms.size(), mean, var, weight, bias.has_value() ? &biases : nullptr, eps);
+  const Norms norms(whole, terms.size(), mean, var, &weight, bias.has_value() ? &biases : nullptr, eps);
   const int64_t count = static_cast<int64_t>(terms.size());
   STD_TORCH_CHECK(mean.size() == terms.size(), "gsto_ops::", op, ": one norm per term is needed, got ", mean.size());
   whole.check("sums", sums, {1 + count, whole.channels}, true);

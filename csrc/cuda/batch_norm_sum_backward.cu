@@ -113,7 +113,7 @@ batch_norm_sum_terms(const BatchNormSumTermsParams p) {
       table.at(kTermParameters * k + 1, unit, j) = p.masked ? shift : norm.mean[channel];
       if (p.sum == nullptr) return;
       const float share = 1.f / (p.count[k] != nullptr ? *p.count[k] : p.pixels_counted);
-      const float slope = -share / (norm.variance[channel] + norm.eps) * p.term_sum[k][channel];
+      const float slope = -share / sqrtf(norm.variance[channel] + norm.eps) * p.term_sum[k][channel];
       const float offset = -share * scale * p.sum[channel];
       table.at(kTermParameters * k + 2, unit, j) = p.masked ? slope : scale * slope;
       table.at(kTermParameters * k + 3, unit, j) = p.masked ? offset - slope * norm.bias[channel] : offset;

@@ -144,8 +144,8 @@ struct GateBackwardParams {
 };
 cudaError_t launch_gate_backward(const GateBackwardParams& params, cudaStream_t stream);
 
-// to[i] = sum_r from[r * stride + i], in a fixed order; from i = tail_begin on to tail[i - tail_begin], which may be
-// null.
+// to[i] = sum_r from[r * stride + i], in a fixed order, over sqrt(variance[i] + eps) where given; from i = tail_begin
+// on to tail[i - tail_begin], which may be null.
 struct SumRowsParams {
   const float* from;
   int64_t rows, stride, count;
@@ -153,6 +153,8 @@ struct SumRowsParams {
   void* to;
   void* tail;
   int64_t tail_begin;
+  const float* variance = nullptr;
+  float eps = 0;
 };
 cudaError_t launch_sum_rows(const SumRowsParams& params, cudaStream_t stream);
 
@@ -257,20 +259,21 @@ struct ResampledSumParams : BatchNormSumParams {
 cudaError_t launch_resampled_sum(const ResampledSumParams& params, cudaStream_t stream);
 
 // dm = dy [y > 0], written where `grad_sum` is given, and partial sums over pixels of dm (term - mean), if there is a
-// term, and of dm. Reads dy, y and the term once. With `norm.bias`, y is norm(term), and not read.
+// term, and of dm. Reads dy, y and the term once. With `norm.bias`, y is norm(term), and not read. The sums' second
+// phase divides by the standard deviation.
 struct BatchNormSumBackwardParams : StripParams {
   const void* grad_output;
   const void* output;  // or null: no ReLU
   const void* term;    // or null
-  Norm norm;           // of the term: its mean, and all the rest or nothing
+  Norm norm;           // of the term: its mean; weight and bias, too, or neither
   void* grad_sum;      // or null
   float* sums;         // (blocks * fold, 2 or 1, C)
 };
 cudaError_t launch_batch_norm_sum_backward(const BatchNormSumBackwardParams& params, cudaStream_t stream);
 
-// grad_k = scale_k (grad - sum / count - sum_k (term_k - mean_k) / (count (variance_k + eps))) for terms that share
-// grad. Reads grad and every term once (without sums, no term), writes the results. With `masked`, of a single term,
-// grad counts where norm(term) > 0.
+// grad_k = scale_k (grad - sum / count - sum_k u_k / count), u_k = (term_k - mean_k) / sqrt(variance_k + eps), for
+// terms that share grad; sum_k is over grad u_k. Reads grad and every term once (without sums, no term), writes the
+// results. With `masked`, of a single term, grad counts where norm(term) > 0.
 struct BatchNormSumTermsParams : StripParams {
   const void* grad;
   int terms;

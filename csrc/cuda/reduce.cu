@@ -36,6 +36,7 @@ sum_rows(const SumRowsParams p) {
 #pragma unroll
   for (int s = 0; s < kStep; ++s) total += sums[s * kColumns + column];
   if (i < p.tail_begin) {
+    if (p.variance != nullptr) total /= sqrtf(p.variance[i] + p.eps);
     from_float(total, static_cast<T*>(p.to)[i]);
   } else if (p.tail != nullptr) {
     from_float(total, static_cast<T*>(p.tail)[i - p.tail_begin]);

@@ -4,9 +4,10 @@
 the first term. With ``training`` the statistics are those of the batch, computed before (``channel_statistics``, or the
 epilogue of ``gated_split``), and the gradient of a term includes what flows through them.
 
-The gradient takes two passes, because the second one needs sums over all pixels of the first; across processes (``group``) the
-sums are added up in between. Where the ReLU follows a single norm, both passes find where it was open from the term, which they
-read anyway: the output is neither kept nor read, and the gradient under the ReLU neither written nor read (7 -> 5 maps).
+The gradient takes two passes, because the second one needs sums over all pixels of the first, which are also the gradients of
+bias and weight; across processes (``group``) they are added up in between. Where the ReLU follows a single norm, both passes find
+where it was open from the term, which they read anyway: the output is neither kept nor read, and the gradient under the ReLU
+neither written nor read (7 -> 5 maps).
 
 ``batch_norm_sum_`` is the sum with norms in eval mode, written to the first term of the output's size: for CPUs, where new memory
 costs more than the sum (see ``norm_sum``). It records no gradient.
@@ -33,8 +34,8 @@ IN_PLACE_SCHEMA = (
     "bool align_corners) -> ()"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor? output, Tensor[] terms, Tensor[] mean, str mode, bool align_corners, Tensor? var=None, "
-    "Tensor? weight=None, Tensor? bias=None, float eps=0.0) -> (Tensor grad_sum, Tensor[] gathered, Tensor sums)"
+    "(Tensor grad_output, Tensor? output, Tensor[] terms, Tensor[] mean, Tensor[] var, float[] eps, str mode, "
+    "bool align_corners, Tensor? weight=None, Tensor? bias=None) -> (Tensor grad_sum, Tensor[] gathered, Tensor sums)"
 )
 MAPS = "Tensor grad_sum, Tensor[] gathered, Tensor[] terms"
 BACKWARD_TERMS_SCHEMA = f"({MAPS}, {NORMS}, float[] eps, Tensor? sums, Tensor? counts, Tensor? bias=None) -> Tensor[]"
@@ -82,10 +83,9 @@ def _backward_kernel(
     grad_output: Tensor,
     output: Tensor | None,
     terms: Sequence[Tensor],
-    mean: Sequence[Tensor],
     *others: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    grad, gathered, sums = reference.batch_norm_sum_backward(grad_output, output, terms, mean, *others)
+    grad, gathered, sums = reference.batch_norm_sum_backward(grad_output, output, terms, *others)
     if output is not None:
         grad = grad.contiguous(memory_format=layout_of(output))
     low = (term for term in terms if term.shape[2:] != grad_output.shape[2:])
@@ -152,14 +152,14 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Any, .
     mean, var, weight, bias = (saved[k * n_norms : (k + 1) * n_norms] for k in range(4))
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad_output, input, gate, terms, mean, var, weight, bias)
-    single = (var[0], weight[0], bias[0], ctx.eps[0]) if ctx.single else ()
-    grad_sum, gathered, sums = operator(grad_output, output, terms, mean, *ctx.resampling, *single)
+    single = (weight[0], bias[0]) if ctx.single else ()
+    grad_sum, gathered, sums = operator(grad_output, output, terms, mean, var, ctx.eps, *ctx.resampling, *single)
     if output is None:
         grad_sum = grad_output
     low = iter(gathered)
     grads = [grad_sum if term.shape[2:] == grad_sum.shape[2:] else next(low) for term in terms]
-    grads_weight = [sums[1 + k] * (var[k] + ctx.eps[k]).rsqrt() for k in range(n_norms)]
-    grads_bias = [sums[0]] * n_norms
+    grad_bias, *grads_weight = sums.unbind()
+    grads_bias = [grad_bias] * n_norms
     if n_norms:
         total = None
         if ctx.training:

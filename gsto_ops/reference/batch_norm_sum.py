@@ -45,24 +45,24 @@ def batch_norm_sum_backward(
     output: Tensor | None,
     terms: Sequence[Tensor],
     mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    eps: Sequence[float],
     mode: str,
     align_corners: bool = False,
-    var: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The first pass of the gradient of :func:`batch_norm_sum`; ``output`` is None where there was no ReLU.
 
-    With ``var``, ``weight``, ``bias`` and ``eps`` there was one, behind a single norm: where it was open is found from its term.
+    With ``weight`` and ``bias`` there was one, behind a single norm: where it was open is found from its term.
 
     Returns (grad_sum, gathered, sums): the gradient of the sum under the ReLU (no elements without one: it is
     ``grad_output``); its transposed resampling for every term of another size than the output; (1 + K', C) with K' statistics,
-    Σ grad_sum and Σ grad_k · (term_k - mean_k) over N, H, W.
+    Σ grad_sum and Σ grad_k · (term_k - mean_k) / sqrt(var_k + eps_k) over N, H, W: the gradients of bias and weight.
     """
     grad = grad_output if output is None else grad_output * (output > 0)
-    if bias is not None and var is not None and weight is not None:
-        grad = grad_output * _is_open(terms[0], mean[0], var, weight, bias, eps)
+    if bias is not None and weight is not None:
+        grad = grad_output * _is_open(terms[0], mean[0], var[0], weight, bias, eps[0])
     gathered, sums = [], [grad.to(statistics_dtype(grad)).sum((0, 2, 3))]
     for k, term in enumerate(terms):
         grad_k = grad
@@ -70,7 +70,7 @@ def batch_norm_sum_backward(
             grad_k = scale_transfer_backward(grad, term.shape, mode, align_corners)
             gathered.append(grad_k)
         if mean:
-            sums.append((grad_k * (term - mean[k][:, None, None])).sum((0, 2, 3)))
+            sums.append((grad_k * (term - mean[k][:, None, None])).sum((0, 2, 3)) * (var[k] + eps[k]).rsqrt())
     return grad.new_empty(0) if output is None else grad, gathered, torch.stack(sums)
 
 
@@ -103,7 +103,7 @@ def batch_norm_sum_backward_terms(
             grads.append((scale[:, None, None] * grad).to(term.dtype))
             continue
         count = term.shape[0] * term.shape[2] * term.shape[3] if counts is None else counts[k]
-        slope = sums[1 + k] * invstd * invstd / count
+        slope = sums[1 + k] * invstd / count
         centred = grad - (sums[0] / count)[:, None, None] - slope[:, None, None] * (term - mean[k][:, None, None])
         grads.append((scale[:, None, None] * centred).to(term.dtype))
     return grads

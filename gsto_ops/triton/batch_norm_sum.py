@@ -56,27 +56,31 @@ def backward(
     output: Tensor | None,
     terms: Tensors,
     mean: Tensors,
+    var: Tensors,
+    eps: Sequence[float],
     mode: str,
     align_corners: bool,
-    var: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     size, channels = grad_output.shape[2:], grad_output.shape[1]
-    mean = [vector.contiguous() for vector in mean]
+    mean, var = ([vector.contiguous() for vector in vectors] for vectors in (mean, var))
     sums = torch.empty((1 + len(mean), channels), dtype=torch.float32, device=grad_output.device)
     grad_sum = None if output is None else new_map(output, *output.shape[1:])
-    norm = (var.contiguous(), weight.contiguous(), bias.contiguous(), eps) if var is not None else None
-    masked_sums(grad_output, output, grad_sum, terms if mean else [], mean, sums, norm)
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
+    masked_sums(grad_output, output, grad_sum, terms if mean else [], (mean, var), eps, sums, weight, bias)
     source = grad_output if grad_sum is None else grad_sum
     gathered = []
     for k, term in enumerate(terms):
         if term.shape[2:] == size:
             continue
         dest = new_map(term, *term.shape[1:])
-        statistics = {"before": term, "centre": mean[k], "outputs": (sums[1 + k],)} if mean else {}
-        resample_transposed(_transfer(term, size, mode, align_corners), source, dest, **statistics)
+        transfer = _transfer(term, size, mode, align_corners)
+        if mean:
+            norm = (mean[k], var[k], eps[k])
+            resample_transposed(transfer, source, dest, before=term, norm=norm, outputs=(sums[1 + k],))
+        else:
+            resample_transposed(transfer, source, dest)
         gathered.append(dest)
     return grad_output.new_empty(0) if grad_sum is None else grad_sum, gathered, sums
 

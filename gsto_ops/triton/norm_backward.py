@@ -27,7 +27,7 @@ def under_relu(grad, centred, variance, weight, bias, eps, channel, LAST: tl.con
 
 # Traffic: the gradient, the output (for its sign) and every term of its size once, the masked gradient written once: 2 (3 + T)
 # bytes per element of 16-bit maps; 4 (1 + T) bytes per column and program of partial sums. Where the ReLU follows a single norm
-# (variance, weight, bias, eps) it is made again from the term: no output is read, no masked gradient written, 4 bytes.
+# (weight, bias) it is made again from the term: no output is read, no masked gradient written, 4 bytes.
 @triton.jit(do_not_specialize=["images", "height", "tiles_per_split"])
 def batch_norm_sum_backward_kernel(
     grad_output,
@@ -35,10 +35,10 @@ def batch_norm_sum_backward_kernel(
     grad_sum,
     terms,
     means,
-    variance,
+    variances,
+    eps,
     weight,
     bias,
-    eps,
     sums,
     channels,
     columns,
@@ -57,7 +57,7 @@ def batch_norm_sum_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_sum = grad_output where output > 0; per range of pixel tiles its sums and those of grad_sum (term_k - mean_k).
+    """grad_sum = grad_output where output > 0; per range of pixel tiles its sums and those of grad_sum times the normed term_k.
 
     The sums of smaller terms are left zero.
     """
@@ -89,7 +89,8 @@ def batch_norm_sum_backward_kernel(
                 value = tl.load(terms[k] + at, mask=mask, other=0.0).to(tl.float32)
                 value -= by_channel(tl.load(means[k] + channel), LAST)
                 if bias is not None:
-                    grad = under_relu(grad, value, tl.load(variance + channel), weight, bias, eps, channel, LAST)
+                    variance = tl.load(variances[k] + channel)
+                    grad = under_relu(grad, value, variance, weight, bias, eps[k], channel, LAST)
                 product += grad * value
             products += (product,)
         dots = products
@@ -98,7 +99,8 @@ def batch_norm_sum_backward_kernel(
     at = (split.to(tl.int64) * (columns // channels) + c // channels) * (1 + TERMS) * channels + channel
     tl.store(sums + at, sum_pixels(total, LAST), mask=c < columns)
     for k in tl.static_range(TERMS):
-        tl.store(sums + at + (k + 1) * channels, sum_pixels(dots[k], LAST), mask=c < columns)
+        inverse = tl.rsqrt(tl.load(variances[k] + channel) + eps[k])
+        tl.store(sums + at + (k + 1) * channels, sum_pixels(dots[k], LAST) * inverse, mask=c < columns)
 
 
 def masked_sums(
@@ -106,20 +108,22 @@ def masked_sums(
     output: Tensor | None,
     grad_sum: Tensor | None,
     terms: Maps,
-    means: Maps,
+    statistics: Sequence[Maps],
+    eps: Sequence[float],
     sums: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
-    """grad_sum = grad_output where output > 0; sums (1 + T, C) its sums and, for terms of its size, with term_k - mean_k.
+    """grad_sum = grad_output where output > 0; sums (1 + T, C) its sums and, for terms of its size, with the normed term_k.
 
-    ``norm``: variance, weight, bias and eps of a single term whose normalised values are the output.
+    ``statistics``: the terms' means and variances. ``weight``, ``bias``: of a single term whose norm with ReLU is the output.
     """
     maps = (grad_output, output, grad_sum, *terms)
     small = tuple(term.shape[2:] != grad_output.shape[2:] for term in terms)
     fold, pixels, strides = flat([None if m is None or m.shape[2:] != grad_output.shape[2:] else m for m in maps])
     channels = grad_output.shape[1]
     columns = fold * channels
-    last = is_last(terms[0] if norm else grad_output if output is None else output)
+    last = is_last(terms[0] if bias is not None else grad_output if output is None else output)
     problem = configs.Problem(
         "batch_norm_sum_backward", grad_output.dtype, last, columns, columns, *pixels[:3], precision="ieee"
     )
@@ -135,8 +139,10 @@ def masked_sums(
             output,
             grad_sum,
             tuple(terms),
-            tuple(means),
-            *(norm or (None, None, None, 0.0)),
+            *(tuple(vectors) for vectors in statistics),
+            tuple(eps),
+            weight,
+            bias,
             partial,
             channels,
             columns,
@@ -185,7 +191,7 @@ def batch_norm_sum_backward_terms_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_k = scale_k (grad - mean of grad - (term_k - mean_k) / var_k * mean of grad (term_k - mean_k)).
+    """grad_k = scale_k (grad - mean of grad - normed term_k * mean of grad times it).
 
     ``INDEX``: the places of these terms among all, for ``sums`` and ``counts``.
     """
@@ -211,7 +217,7 @@ def batch_norm_sum_backward_terms_kernel(
             share = inverse_count
             if counts is not None:
                 share = 1.0 / tl.load(counts + INDEX[k]).to(tl.float32)
-            slope = tl.load(sums + (1 + INDEX[k]) * channels + channel) * inverse * inverse * share
+            slope = tl.load(sums + (1 + INDEX[k]) * channels + channel) * inverse * share
             result = result - by_channel(tl.load(sums + channel) * share, LAST) - by_channel(slope, LAST) * value
         result *= by_channel(scale, LAST)
         at = image * strides[TERMS + k][0] + offsets(h, w, c, strides[TERMS + k], LAST)

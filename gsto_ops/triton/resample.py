@@ -81,12 +81,12 @@ def resample_kernel(
 
 
 # Traffic: the source once (overlap from L1/L2), dest once, the map before the activation once where given, and 2 C floats (with a
-# centre C) per tile of sums, written and read.
+# norm C) per tile of sums, written and read.
 @triton.jit(do_not_specialize=["rows"])
 def resample_transposed_kernel(
     source,
     before,
-    centre,
+    norm,
     scale,
     shift,
     dest,
@@ -109,7 +109,7 @@ def resample_transposed_kernel(
 ):
     """dest = scale * m, m = [act passes at scale * before + shift] R^T source; per tile the sums of m * before and of m.
 
-    With a centre per channel only the sums of m * (before - centre).
+    With a norm (mean, variance, eps) only the sums of m * (before - mean) / sqrt(variance + eps).
     """
     blocks = tl.cdiv(channels, BLOCK_C)
     tile = tl.program_id(0) // blocks
@@ -138,10 +138,11 @@ def resample_transposed_kernel(
             passed = z * factor + by_channel(tl.load(shift + c, mask=c < channels, other=0.0), LAST)
         if RELU:
             result = tl.where(passed > 0, result, 0.0)
-        if centre is not None:
-            z -= by_channel(tl.load(centre + c, mask=c < channels, other=0.0), LAST)
+        if norm is not None:
+            z -= by_channel(tl.load(norm[0] + c, mask=c < channels, other=0.0), LAST)
+            inverse = tl.rsqrt(tl.load(norm[1] + c, mask=c < channels, other=1.0) + norm[2])
             sums += tile.to(tl.int64) * channels
-            tl.store(sums + c, sum_pixels(result * z, LAST), mask=c < channels)
+            tl.store(sums + c, sum_pixels(result * z, LAST) * inverse, mask=c < channels)
         elif sums is not None:
             sums += tile.to(tl.int64) * 2 * channels
             tl.store(sums + c, sum_pixels(result * z, LAST), mask=c < channels)
@@ -224,7 +225,7 @@ def resample_transposed(
     dest: Tensor,
     *,
     before: Tensor | None = None,
-    centre: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
@@ -232,7 +233,7 @@ def resample_transposed(
 ) -> None:
     """dest = scale * m with m = R^T source where act passed; outputs, if any, become the sums of m * before and of m.
 
-    With ``centre``, a number per channel, there is one output: the sum of m * (before - centre).
+    With ``norm``, mean and variance per channel and eps, there is one output: the sum of m * (before - mean) / √(variance + eps).
     """
     transposed = r._replace(rows=r.rows_transposed, cols=r.cols_transposed)
     images, rows, cols, strides = _flat(transposed, [source, before, dest])
@@ -261,7 +262,7 @@ def resample_transposed(
             source.device,
             source,
             before,
-            centre,
+            norm,
             scale,
             shift,
             dest,

@@ -26,18 +26,18 @@ def compare_masks(ops, shape, dtype, channels_last, device="cpu"):
         0.1 * bias,
     )  # so that the ReLU is open for about one half
     var, eps = torch.rand(channels, dtype=wide, **new) + 0.5, 1e-3
-    norm = (var, weight, bias, eps)
-    lists = [[mean], [var], [weight]]
+    lists, statistics = [[mean], [var], [weight]], ([mean], [var], [eps])
     output = ops.batch_norm_sum(None, None, [term], *lists, [bias], [eps], True, None, None, "relu", "bilinear", False)
     assert shape[0] == 0 or 0.1 < (output > 0).double().mean() < 0.9
 
-    masked, _, expected = ops.batch_norm_sum_backward(dy, output, [term], [mean], "bilinear", False)
-    grad_sum, gathered, sums = ops.batch_norm_sum_backward(dy, None, [term], [mean], "bilinear", False, *norm)
+    masked, _, expected = ops.batch_norm_sum_backward(dy, output, [term], *statistics, "bilinear", False)
+    operands = (dy, None, [term], *statistics, "bilinear", False, weight, bias)
+    grad_sum, gathered, sums = ops.batch_norm_sum_backward(*operands)
     assert grad_sum.numel() == 0 and len(gathered) == 0
     close = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, float(expected.abs().max()))}
     torch.testing.assert_close(sums, expected, **close)
-    operands = (dy.double(), None, [term.double()], [mean.double()], "bilinear", False)
-    _, _, exact = reference.batch_norm_sum_backward(*operands, var.double(), weight.double(), bias.double(), eps)
+    doubles = ([mean.double()], [var.double()], [eps], "bilinear", False, weight.double(), bias.double())
+    _, _, exact = reference.batch_norm_sum_backward(dy.double(), None, [term.double()], *doubles)
     torch.testing.assert_close(sums.double(), exact, **close)
 
     for total, counts in ((sums, None), (sums, torch.full((1,), 1000.0, dtype=wide, **new)), (None, None)):

@@ -124,18 +124,18 @@ def make_sum(case, dtype, channels_last, normed=True):
 def test_batch_norm_sum(ops, case, normed, activation, mode, align_corners, dtype, channels_last):
     input, _, terms, mean, var, weight, _, eps = operands = make_sum(case, dtype, channels_last, normed)
     shape, tolerance = case[0], TOLERANCE[dtype]
-    resampling = (mode, align_corners)
+    statistics, resampling = (mean, var, eps), (mode, align_corners)
     output = ops.batch_norm_sum(*operands, True, None, None, activation, *resampling)
     first = terms[0] if input is None else input
     assert output.stride() == layout(torch.empty(shape), channels_last).stride() and output.dtype == first.dtype
     grad_output = layout(torch.randn(shape).to(dtype), channels_last)
     mask = output if activation == "relu" else None
-    found = ops.batch_norm_sum_backward(grad_output, mask, terms, mean, *resampling)
+    found = ops.batch_norm_sum_backward(grad_output, mask, terms, *statistics, *resampling)
     if shape[0] == 0:
         assert output.shape == shape and not found[2].any()
         return
     assert_near(output, reference.batch_norm_sum(*wide(operands), activation, *resampling), tolerance, "output")
-    exact = reference.batch_norm_sum_backward(*wide((grad_output, mask, terms, mean)), *resampling)
+    exact = reference.batch_norm_sum_backward(*wide((grad_output, mask, terms, *statistics)), *resampling)
     assert_near(found[0], exact[0], tolerance, "grad_sum")
     for k, (a, b) in enumerate(zip(found[1], exact[1], strict=True)):
         assert_near(a, b, tolerance, f"gathered {k}")
@@ -157,9 +157,9 @@ def test_sums_of_a_term_far_from_zero(ops, channels_last):
     """Σ grad · (term - mean) is summed as such: Σ grad · term - mean · Σ grad would lose it in the mean's rounding."""
     term, small = (layout(1e4 + torch.randn(2, 8, *size), channels_last) for size in ((16, 16), (8, 8)))
     grad = torch.randn(2, 8, 16, 16)
-    mean = [x.mean((0, 2, 3)) for x in (term, small)]
-    _, _, sums = ops.batch_norm_sum_backward(grad, None, [term, small], mean, "bilinear", False)
-    exact = reference.batch_norm_sum_backward(*wide((grad, None, [term, small], mean)), "bilinear", False)[2]
+    mean, var = [x.mean((0, 2, 3)) for x in (term, small)], [torch.rand(8) + 1e-3 for _ in range(2)]
+    operands = (grad, None, [term, small], mean, var, [1e-5, 1e-3], "bilinear", False)
+    sums, exact = ops.batch_norm_sum_backward(*operands)[2], reference.batch_norm_sum_backward(*wide(operands))[2]
     assert_near(sums, exact, 1e-5, "sums")
 
 
@@ -179,7 +179,7 @@ def test_any_layouts_and_strides_together(ops, channels_last):
             ]
             x, g = torch.cat([x, x], 1)[:, :18], torch.cat([g, g], 1)[:, 1:]
         output = ops.batch_norm_sum(x, g, maps, *norms, *tail)
-        found = ops.batch_norm_sum_backward(dy, output, maps, norms[0], "bilinear", False)
+        found = ops.batch_norm_sum_backward(dy, output, maps, *norms[:2], norms[4], "bilinear", False)
         grads = ops.batch_norm_sum_backward_terms(found[0], found[1], maps, *norms[:3], norms[4], found[2], None)
         assert found[1][0].stride() == maps[2].stride()
         assert [g.stride() for g in grads[1:]] == [m.stride() for m in maps[1:]]
@@ -202,7 +202,7 @@ def test_an_offset_of_one_element(ops, channels_last):
     for copy in (lambda x: x, lambda x: x.clone(memory_format=torch.preserve_format)):
         terms = [copy(term), copy(small)]
         output = ops.batch_norm_sum(None, None, terms, *norms, True, None, None, "relu", "bilinear", False)
-        found = ops.batch_norm_sum_backward(copy(dy), copy(output), terms, norms[0], "bilinear", False)
+        found = ops.batch_norm_sum_backward(copy(dy), copy(output), terms, *norms[:2], norms[4], "bilinear", False)
         mean, var = ops.channel_statistics(terms[0])
         runs.append([output, found[0], *found[1]])
         assert_near(mean, terms[0].double().mean((0, 2, 3)), 1e-6, "mean")
@@ -216,7 +216,7 @@ def test_results_repeat_to_the_bit(ops, channels_last):
     dy = torch.randn(SUMS[5][0]).bfloat16()
     runs = []
     for _ in range(2):
-        _, gathered, sums = ops.batch_norm_sum_backward(dy, None, terms, norms[0], "bilinear", False)
+        _, gathered, sums = ops.batch_norm_sum_backward(dy, None, terms, *norms[:2], norms[4], "bilinear", False)
         runs.append([*gathered, sums, *ops.channel_statistics(dy)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -138,7 +138,7 @@ def test_gradients_of_a_single_norm(training):
 def test_single_norm_opcheck(training):
     term, weight, bias = (x.detach() for x in (make(2, 3, 4, 5), make(3), make(3)))
     mean, var = statistics([term])
-    backward = (torch.randn_like(term), None, [term], mean, "bilinear", False, var[0], weight, bias, 1e-5)
+    backward = (torch.randn_like(term), None, [term], mean, var, [1e-5], "bilinear", False, weight, bias)
     torch.library.opcheck(OPS.batch_norm_sum_backward.default, backward, test_utils=FORWARD)
     sums = OPS.batch_norm_sum_backward(*backward)[2] if training else None
     arguments = (backward[0], [], [term], mean, var, [weight], [1e-5], sums, None, bias)
@@ -162,7 +162,7 @@ def test_batch_norm_sum_opcheck(with_input, gated, normed, training, activation,
         [x.detach() if isinstance(x, torch.Tensor) else x for x in a] for a in arguments[:5]
     )
     output = torch.randn_like(input) if activation == "relu" else None
-    backward = (torch.randn_like(input), output, terms, mean, "bilinear", False)
+    backward = (torch.randn_like(input), output, terms, mean, var, eps, "bilinear", False)
     torch.library.opcheck(OPS.batch_norm_sum_backward.default, backward, test_utils=FORWARD)
     if normed:
         grad_sum, gathered, sums = OPS.batch_norm_sum_backward(*backward)

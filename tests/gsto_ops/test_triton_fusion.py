@@ -110,14 +110,15 @@ def sweep_batch_norm_sum(case, dtype, last):
 
     mask = output if activation == "relu" else None
     mean, var, weight, _ = norms
+    statistics = (mean, var, eps)
     dy = layout(parameter(*first.shape, dtype=dtype), not last)  # of another layout than the output
-    operands = (dy, mask, terms, mean, mode, align_corners)
+    operands = (dy, mask, terms, *statistics, mode, align_corners)
     pixels = first.numel() // first.shape[1]
     dm, gathered, sums = check(
         "first pass", OPS.batch_norm_sum_backward, reference.batch_norm_sum_backward, operands, dtype, pixels**0.5
     )
     if dtype == torch.float32:
-        operands = (dy, mask, terms, [], mode, align_corners)
+        operands = (dy, mask, terms, [], [], [], mode, align_corners)
         function = reference.batch_norm_sum_backward
         check("without norms", OPS.batch_norm_sum_backward, function, operands, dtype, pixels**0.5)
     assert mask is None or dm.stride() == output.stride()
@@ -285,7 +286,7 @@ def everything(x, gate, same, small, dy):
     vectors = [torch.linspace(low, 1.5, x.shape[1]) for low in (-1, 0.5, 1, -2)]
     terms, norms = [same, small], [[v, v.flip(0)] for v in vectors]
     output = OPS.batch_norm_sum(x, gate, terms, *norms, [1e-5] * 2, False, None, None, "relu", "bilinear", False)
-    dm, gathered, sums = OPS.batch_norm_sum_backward(dy, output, terms, norms[0], "bilinear", False)
+    dm, gathered, sums = OPS.batch_norm_sum_backward(dy, output, terms, *norms[:2], [1e-5] * 2, "bilinear", False)
     grads = OPS.batch_norm_sum_backward_terms(dm, gathered, terms, *norms[:3], [1e-5] * 2, sums, None)
     rho, weight = (torch.linspace(-0.3, 0.2, n * x.shape[1]).reshape(n, -1, 1, 1) for n in (3, 5))
     projected, copies, gates, *statistics = OPS.gated_split(x, rho, None, weight, [5], 1, "relu")
