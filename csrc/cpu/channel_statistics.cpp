@@ -15,6 +15,10 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
   p.height = op.height;
   p.width = op.width;
   p.input = view(map);
+  if (p.planar && (p.height == 1 || p.input.stride_h == p.width)) {  // a plane is one line
+    p.width *= p.height;
+    p.height = 1;
+  }
   const Tensor mean = op.new_statistics({op.channels}), var = op.new_statistics({op.channels});
   p.mean = mean.data_ptr();
   p.var = var.data_ptr();

@@ -3,39 +3,40 @@
 
 namespace gsto::cpu::GSTO_ISA {
 
-// Mean and variance of every channel. Sums are taken around the mean of the task's first line, and the tasks' moments
+// Mean and variance of every channel. Sums are taken around the mean of the task's first pixels, and the tasks' moments
 // are combined by the formula of Chan, Golub and LeVeque, their means as distances from the map's first pixel: no
 // difference of large sums, and none of large means.
 template <class S>
 struct ChannelStatistics {
   using A = Accumulate<S>;
+  static constexpr int64_t kSample = 1024;  // pixels
 
   const Call& call;
   const ChannelStatisticsParams& p;
 
   void run() const {
-    const Lines<S> lines(p.planar, p.batch, p.channels, p.height, p.width);
-    const int64_t period = lines.period, used = lines.planar ? 1 : p.channels;  // channels of a group
+    const Lines<S> lines(p.planar, p.batch, p.channels, p.height, p.width, 4);
+    Lines<S> sample = lines;
+    sample.size = least(lines.size, kSample * lines.unit);
+    const int64_t period = lines.period, used = lines.used();
     const Buffer<A> origin(p.channels);
     for (int64_t c = 0; c < p.channels && p.batch > 0; ++c)
       origin.data()[c] = load_some(pixel<S>(p.input, 0, 0, 0) + c * p.input.stride_c, 1)[0];
-    // Of each slot: mean, squares (the sum of squared differences), and pixels, for every channel.
-    Reduction<A> reduction(lines.tasks(), 3 * p.channels);
+    // Of each slot: mean, squares (the sum of squared differences), and pixels, for every channel; all slots' channels
+    // are merged in the end, so that small maps have few.
+    Reduction<A> reduction(lines.tasks(), 3 * p.channels, lines.values() / 4);
     reduction.run(call, [&](int64_t begin, int64_t end, A* moments) {
       const Buffer<A> sums(2 * period), centre(period), channel(3 * used);
       lines.visit(begin, end, [&](int64_t n, int64_t group, int64_t first, int64_t last) {
         const auto clear = [&] { fill_pixels(sums.data(), 2 * period, A(0)); };
-        const auto fold = [&](const A* from, A* to) {
-          for (int64_t c = 0; c < used; ++c) to[c] = 0;
-          for (int64_t i = 0; i < period; ++i) to[i % used] += from[i];
-        };
         clear();
         const S* line = lines.line(p.input, n, group, first);
-        lines.template add_up<1>(sums.data(), 0, [&](int64_t i, int64_t, int64_t valid, auto& sum) {
+        sample.template add_up<1>(sums.data(), 0, [&](int64_t i, int64_t, int64_t valid, auto& sum) {
           sum[0] += load_valid(line + i, valid);
         });
-        fold(sums.data(), channel.data());
-        for (int64_t i = 0; i < period; ++i) centre.data()[i] = channel.data()[i % used] / static_cast<A>(p.width);
+        lines.fold_group(sums.data(), channel.data());
+        const A sampled = static_cast<A>(sample.size / lines.unit);
+        lines.fill_group(centre.data(), [&](int64_t c) { return channel.data()[c] / sampled; });
         clear();
         for (int64_t h = first; h < last; ++h) {
           const S* values = lines.line(p.input, n, group, h);
@@ -46,8 +47,8 @@ struct ChannelStatistics {
             sum[1] += d * d;
           });
         }
-        fold(sums.data(), channel.data());
-        fold(sums.data() + period, channel.data() + used);
+        lines.fold_group(sums.data(), channel.data());
+        lines.fold_group(sums.data() + period, channel.data() + used);
         const A pixels = static_cast<A>((last - first) * p.width);
         for (int64_t c = 0; c < used; ++c) {
           const A shift = channel.data()[c] / pixels;

@@ -51,7 +51,8 @@ struct Lines {
   int64_t period;         // of a line's channels, in whole vectors
   int64_t rows_per_task;  // few rows of an image keep their neighbours in cache; a plane is one task
 
-  Lines(bool p, int64_t n, int64_t c, int64_t h, int64_t w)
+  // `vectors`: of a plane's period; one will do but for sums, each of which has to wait for the one before it.
+  Lines(bool p, int64_t n, int64_t c, int64_t h, int64_t w, int64_t vectors = 1)
       : planar(p),
         batch(n),
         channels(c),
@@ -60,9 +61,10 @@ struct Lines {
         groups(p ? c : 1),
         size(p ? w : w * c),
         unit(p ? 1 : c),
-        period(p ? lanes : c * (lanes / common_divisor(c, lanes))),
+        period(p ? vectors * lanes : c * (lanes / common_divisor(c, lanes))),
         rows_per_task(p ? h : least(8, h)) {}
 
+  int64_t used() const { return planar ? 1 : channels; }  // channels of a group
   int64_t values() const { return batch * channels * height * width; }
   int64_t tasks() const { return batch * groups * ((height + rows_per_task - 1) / rows_per_task); }
 
@@ -82,17 +84,34 @@ struct Lines {
 
   // Values of every group: the patterns of a group start at group * period.
   int64_t pattern_size() const { return groups * period; }
-  int64_t channel_at(int64_t i) const { return planar ? i / period : i % channels; }
 
+  // The pattern of value(channel); and that of one group, whose first channel is 0. Each value is found once.
   template <class F>
   void fill(A* pattern, const F& value) const {
-    for (int64_t i = 0; i < pattern_size(); ++i) pattern[i] = value(channel_at(i));
+    for (int64_t g = 0; g < groups; ++g)
+      fill_group(pattern + g * period, [&](int64_t c) { return value(g * used() + c); });
+  }
+  template <class F>
+  void fill_group(A* pattern, const F& value) const {
+    if (planar) return fill_pixels(pattern, period, value(0));
+    for (int64_t c = 0; c < channels; ++c) pattern[c] = value(c);
+    for (int64_t i = channels; i < period; ++i) pattern[i] = pattern[i - channels];
   }
 
   // Sums of every place in the pattern to sums of the channels.
   void fold(const A* pattern, A* sums) const {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
-    for (int64_t i = 0; i < pattern_size(); ++i) sums[channel_at(i)] += pattern[i];
+    for (int64_t g = 0; g < groups; ++g) fold_group(pattern + g * period, sums + g * used());
+  }
+  void fold_group(const A* pattern, A* sums) const {
+    if (planar) {
+      Vec<A> sum = {};
+      for (int64_t i = 0; i < period; i += lanes) sum += load(pattern + i);
+      sums[0] = sum_lanes<A>(sum);
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) sums[c] = pattern[c];
+    for (int64_t first = channels; first < period; first += channels)
+      for (int64_t c = 0; c < channels; ++c) sums[c] += pattern[first + c];
   }
 
   // Calls f(first value, its place in the period, valid values) for the vectors of a line.
