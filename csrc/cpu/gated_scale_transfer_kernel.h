@@ -9,11 +9,6 @@
 
 namespace gsto::cpu::GSTO_ISA {
 
-// Where only the gate is applied to NCHW memory: pixels per task, and vectors of pixels taken from each plane at once.
-// Runs of 512 bytes took half the time of runs of 256 (48 x 128 x 256, float32, in L3).
-constexpr int64_t kPlaneChunk = 1024;
-constexpr int kPlaneVectors = 512 / kVectorBytes;
-
 template <class S>
 struct GatedScaleTransfer : GatedPixels<S> {
   using A = Accumulate<S>;
@@ -73,22 +68,11 @@ struct GatedScaleTransfer : GatedPixels<S> {
                  [&](int64_t begin, int64_t end) { Base::forward(pixels, begin, end, place, consume); });
   }
 
-  // The gate alone, NCHW: calls f(n, h, w, vectors as a constant, pixels) for groups of pixels.
-  template <class F>
-  static void visit_planes(const Pixels& pixels, int64_t begin, int64_t end, const F& f) {
-    constexpr int64_t lanes = kLanes<A>, group = kPlaneVectors * lanes;
-    pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-      int64_t i = 0;
-      for (; i + group <= count; i += group) f(n, h, w + i, std::integral_constant<int, kPlaneVectors>(), group);
-      for (; i < count; i += lanes) f(n, h, w + i, std::integral_constant<int, 1>(), least(lanes, count - i));
-    });
-  }
-
   void forward_planes() const {
     const Pixels pixels(p.batch, p.in_height, p.in_width, collapsible(p.input, p.in_height, p.in_width), kPlaneChunk);
     parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
       const Buffer<A> scratch(kPlaneVectors * kLanes<A> * p.channels);
-      visit_planes(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
+      visit_planes<A>(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
         gate_planes<S, decltype(vectors)::value>(pixel<S>(p.input, n, h, w), p.input.stride_c,
                                                  operands.gate_weight.data(), operands.gate_bias, p.channels, valid,
                                                  scratch.data(), mutable_pixel<S>(p.gate, n, h, w),
@@ -211,7 +195,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const Buffer<A> scratch(2 * group * p.channels), vector_sums(lanes * p.channels), gate(group), grad(group);
       fill_pixels(vector_sums.data(), lanes * p.channels, A(0));
-      visit_planes(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
+      visit_planes<A>(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
         fill_pixels(gate.data(), group, A(0));
         fill_pixels(grad.data(), group, A(0));
         load_scalars<S>(p.gate, n, h, w, valid, gate.data());

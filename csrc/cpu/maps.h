@@ -26,6 +26,22 @@ struct Pixels {
   }
 };
 
+// Where only gates are applied to NCHW memory: pixels per task, and vectors of pixels taken from each plane at once.
+// Runs of 512 bytes took half the time of runs of 256 (48 x 128 x 256, float32, in L3).
+constexpr int64_t kPlaneChunk = 1024;
+constexpr int kPlaneVectors = 512 / kVectorBytes;
+
+// Calls f(n, h, w, vectors as a constant, pixels) for groups of pixels.
+template <class A, class F>
+inline void visit_planes(const Pixels& pixels, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t lanes = kLanes<A>, group = kPlaneVectors * lanes;
+  pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+    int64_t i = 0;
+    for (; i + group <= count; i += group) f(n, h, w + i, std::integral_constant<int, kPlaneVectors>(), group);
+    for (; i < count; i += lanes) f(n, h, w + i, std::integral_constant<int, 1>(), least(lanes, count - i));
+  });
+}
+
 inline bool planar(const TensorView& t) { return t.stride_w == 1 && t.stride_c != 1; }
 
 inline bool collapsible(const TensorView& t, int64_t height, int64_t width) {

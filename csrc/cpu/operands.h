@@ -14,6 +14,20 @@ inline void fill_padded(const TensorView& t, int64_t stride, int64_t count, A* t
   }
 }
 
+// to (columns, rows) = the transpose of from (rows, columns): whole vectors in both.
+template <class A>
+inline void transpose_matrix(const A* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t m = 0; m < rows; m += lanes) {
+    for (int64_t c = 0; c < columns; c += lanes) {
+      Vec<A> block[lanes];
+      for (int64_t i = 0; i < lanes; ++i) block[i] = load(from + (m + i) * columns + c);
+      transpose<A>(block);
+      for (int64_t i = 0; i < lanes; ++i) store(to + (c + i) * rows + m, block[i]);
+    }
+  }
+}
+
 // The parameters of one call, padded with zeros to whole vectors.
 template <class S, class A = Accumulate<S>>
 struct Operands {
@@ -55,14 +69,7 @@ struct Operands {
     }
     if (with_gradients) weight = summed_rows<S>(matrix.data(), p.out_channels, row, matrix_pairs.data());
     if (!with_x) return;
-    for (int64_t m = 0; m < out_row; m += lanes) {
-      for (int64_t c = 0; c < row; c += lanes) {
-        Vec<A> block[lanes];
-        for (int64_t i = 0; i < lanes; ++i) block[i] = load(matrix.data() + (m + i) * row + c);
-        transpose<A>(block);
-        for (int64_t i = 0; i < lanes; ++i) store(transposed.data() + (c + i) * out_row + m, block[i]);
-      }
-    }
+    transpose_matrix(matrix.data(), out_row, row, transposed.data());
     weight_by_row = summed_rows<S>(transposed.data(), p.channels, out_row, transposed_pairs.data());
   }
 };

@@ -27,6 +27,22 @@ inline void parallel_for(const Call& call, int64_t tasks, const F& f) {
   call.parallel_for(tasks, task, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// Results of more bytes than these are written past the caches: a reader would not find them there, and writing past
+// them spares reading what was there before. Half of an L3 of 32 MiB; four copies of 48 x 128 x 256, float32, in NCHW:
+// 1.25 -> 0.72 ms. Tasks that write so end with a fence, as these stores are not ordered with others.
+constexpr int64_t kPastCaches = int64_t{16} << 20;
+
+template <class T>
+inline bool is_aligned(const T* to) {
+  return reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+}
+
+inline void end_of_stores() {
+#ifdef GSTO_X86_VARIANTS
+  _mm_sfence();
+#endif
+}
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -255,9 +271,14 @@ inline void dot_pixels(const A* a, const A* b, int64_t b_row, int64_t row, int64
   }
 }
 
-// to[p] = factors[p] * from[p], which may be the same tile.
+// to[p] = factors[p] * from[p], which may be the same tile, or memory past the caches.
 template <class A>
-inline void scale_pixels(const A* from, const A* factors, int64_t row, int64_t count, A* to) {
+inline void scale_pixels(const A* from, const A* factors, int64_t row, int64_t count, A* to, bool past = false) {
+  if (past && is_aligned(to)) {
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < row; c += kLanes<A>) store_past(to + p * row + c, load(from + p * row + c) * factors[p]);
+    return;
+  }
   for (int64_t p = 0; p < count; ++p)
     for (int64_t c = 0; c < row; c += kLanes<A>) store(to + p * row + c, load(from + p * row + c) * factors[p]);
 }

@@ -107,6 +107,33 @@ inline void store(double* p, Vec<double> v) { store_raw(p, v); }
 inline void store(BFloat16* p, Vec<float> v) { store_raw(p, encode_bfloat16(v)); }
 inline void store(Float16* p, Vec<float> v) { store_raw(p, __builtin_convertvector(encode_half(v), HalfBits)); }
 
+// Stores past the caches; p is aligned to the vector's size in memory.
+template <class V>
+inline void store_past_raw(void* p, const V& v) {
+#if defined(GSTO_X86_VARIANTS) && GSTO_VECTOR_BYTES == 64
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  } else {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  }
+#elif defined(GSTO_X86_VARIANTS) && GSTO_VECTOR_BYTES == 32
+  if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
+  } else {
+    _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(v));
+  }
+#else
+  store_raw(static_cast<char*>(p), v);
+#endif
+}
+
+inline void store_past(float* p, Vec<float> v) { store_past_raw(p, v); }
+inline void store_past(double* p, Vec<double> v) { store_past_raw(p, v); }
+inline void store_past(BFloat16* p, Vec<float> v) { store_past_raw(p, encode_bfloat16(v)); }
+inline void store_past(Float16* p, Vec<float> v) {
+  store_past_raw(p, __builtin_convertvector(encode_half(v), HalfBits));
+}
+
 // What products multiply: the accumulate type, or with bfloat16 instructions pairs of bfloat16 that are neighbours in
 // the dimension that is summed over; one lane multiplies and adds two of them.
 struct Pair {
