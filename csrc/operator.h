@@ -97,6 +97,17 @@ inline Tensor allocate(const char* op, const Tensor& input, Sizes shape, torch::
   }
 }
 
+// Zeros of the shape of `input` that are one element in memory: see gsto_ops/ops/gated_split.py.
+inline Tensor new_carrier(const char* op, const Tensor& input) {
+  Tensor zero = allocate(op, input, {1, 1, 1, 1}, input.scalar_type());  // as_strided takes as many dimensions
+  torch::stable::zero_(zero);
+  const Sizes shape = input.sizes();
+  const std::array<int64_t, 4> strides{};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(zero.get(), shape.data(), strides.data(), &made));
+  return Tensor(made);
+}
+
 // The tensor, or a dense copy. torch::stable::contiguous also looks up an operator, where there is nothing to do as
 // well.
 inline Tensor as_dense(const Tensor& tensor, bool channels_last = false) {

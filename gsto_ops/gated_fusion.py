@@ -19,6 +19,7 @@ from .norm_sum import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from .ops.gated_split import new_carriers
 
 
 class Split(NamedTuple):
@@ -39,26 +40,29 @@ def gated_split(
     *,
     split: Sequence[int] = (),
     copies: int = 0,
+    carriers: int = 0,
     activation: Activation = None,
 ) -> Split:
     """K gates of one map, with what they gate, from one read (Eq. 1, 2, 4; Section 3.2.1).
 
     ``gate_k = σ(act(conv1x1(input)_k))``. The first gates belong to projections, ``projected_k = gate_k * conv1x1(input, W_k)``,
-    the next ``copies`` ones to ``gated_k = gate_k * input``; any further gate is only computed.
+    the next ``copies`` ones to ``gated_k = gate_k * input``. The copies of the next ``carriers`` gates are not written: zeros of
+    one element in memory stand for them, through which :func:`norm_sum` returns their gradient. Further gates are only computed.
 
     Args:
         input: (N, C, H, W), float32, float64, bfloat16 or float16, any strides.
         gate_weight: (K, C, 1, 1). gate_bias: (K,) or None.
         weight: (ΣC_k, C, 1, 1), the projections below each other, or None for none. split: their heights C_k.
-        copies: how many of the other gates make a gated copy.
+        copies, carriers: how many of the other gates make a gated copy, and how many a carrier of its gradient.
         activation: None or ``"relu"``, of the gates' logits (the released form).
 
     Returns:
-        (projected, gated, gate, mean, var): maps (N, C_k, H, W); maps (N, C, H, W); (N, K, H, W); mean and biased variance of
-        all projected channels (ΣC_k,) in float32 (float64 for float64 input), without gradient: :func:`norm_sum` accounts for it.
+        (projected, gated, gate, mean, var): maps (N, C_k, H, W); maps (N, C, H, W), first the copies; (N, K, H, W); mean and
+        biased variance of all projected channels (ΣC_k,) in float32 (float64 for float64 input), without gradient:
+        :func:`norm_sum` accounts for it.
 
     Raises:
-        ValueError, TypeError: as ``gated_scale_transfer``; a split or copies that do not fit weight and gate_weight.
+        ValueError, TypeError: as ``gated_scale_transfer``; a split, copies or carriers that do not fit the weights.
     """
     checks.check_input(input)
     channels = input.shape[1]
@@ -71,20 +75,33 @@ def gated_split(
     rows = 0 if weight is None else weight.shape[0]
     if any(height < 1 for height in split) or sum(split) != rows:
         raise ValueError(f"split must be positive and add up to the {rows} rows of weight, got {tuple(split)}")
-    if not 0 <= copies <= gates - len(split):
+    if min(copies, carriers) < 0 or copies + carriers > gates - len(split):
         raise ValueError(
-            f"copies must be 0 to {gates - len(split)}, {gates} gates less {len(split)} projections, got {copies}"
+            f"copies and carriers must be 0 to {gates - len(split)} together, {gates} gates less {len(split)} projections, "
+            f"got {copies} and {carriers}"
         )
     act = checks.check_activation(activation)
-    return Split(*_outside_autocast(_gated_split, input, gate_weight, gate_bias, weight, list(split), copies, act))
+    operands = (gate_weight, gate_bias, weight, list(split), copies, act, carriers)
+    return Split(*_outside_autocast(_gated_split, input, *operands))
 
 
-def _gated_split(input: Tensor, *operands: Any) -> tuple[Any, ...]:
+def _gated_split(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    split: list[int],
+    copies: int,
+    activation: str,
+    carriers: int = 0,
+) -> tuple[Any, ...]:
+    operands = (input, gate_weight, gate_bias, weight, split, copies, activation)
     operators = _operators("gated_split", input)
     if operators is not None:
-        return operators.gated_split(input, *operands)
-    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
-    return projected, gated, gate, mean.detach(), var.detach()
+        return operators.gated_split(*operands, carriers)
+    projected, gated, gate, mean, var = reference.gated_split(*operands)
+    # Autograd knows the gradient of gate * input: no carrier needs one.
+    return projected, gated + new_carriers(input, carriers), gate, mean.detach(), var.detach()
 
 
 class _GatedConv2d(torch.autograd.Function):
@@ -171,13 +188,14 @@ def gated_fusion(
             norms.append(transfers[i][j][1] if j > i else transfers[i][j][-1][1])
             statistics.append(known)
             inplace = inplace and makes_new_map(conv)
-        own, gate = leaving[i].own
+        own, gate, carrier = leaving[i].own
         outputs.append(
             norm_sum(
                 own,
                 terms,
                 norms,
                 gate=gate,
+                carrier=carrier,
                 statistics=statistics,
                 activation="relu",
                 mode=mode,
@@ -199,7 +217,7 @@ class _Leaving(NamedTuple):
     terms: dict[
         int, tuple[Tensor, Statistics | None, nn.Module]
     ]  # by target: before its norm, known statistics, convolution
-    own: tuple[Tensor | None, Tensor | None]  # the branch's own part, and a gate that it is still to be multiplied by
+    own: tuple[Tensor | None, Tensor | None, Tensor | None]  # input, gate and carrier of the sum that it has a part in
     order: Sequence[int]  # the targets of the gates
     gate: Tensor  # (N, K, H, W); no gates: the branch itself
 
@@ -216,12 +234,10 @@ def _leave(x: Tensor, j: int, transfers: list[list[Any]], gates: list[list[Any]]
         for i in coarser:
             first, *others = transfers[i][j]
             terms[i] = _descend(first, others, first[0](x))
-        return _Leaving(terms, (x, None), (), x)
+        return _Leaving(terms, (x, None, None), (), x)
     order = [*finer, *coarser, *own]
     weight, bias, activation = _gate_operands(x, [gates[i][j] for i in order])
-    # Where nobody asks for gradients the sum applies the gate itself. In training a copy costs the same bytes: it is written
-    # and read where the sum's gradient would have to read the map, and autograd adds no second gradient of the map.
-    copied = coarser if not torch.is_grad_enabled() else [*coarser, *own]
+    carried = own if torch.is_grad_enabled() else []  # the sum multiplies by the gate itself: it has no use for a copy
     projections = [transfers[i][j][0].weight for i in finer]
     split = gated_split(
         x,
@@ -229,7 +245,8 @@ def _leave(x: Tensor, j: int, transfers: list[list[Any]], gates: list[list[Any]]
         bias,
         torch.cat(projections) if projections else None,
         split=[p.shape[0] for p in projections],
-        copies=len(copied),
+        copies=len(coarser),
+        carriers=len(carried),
         activation=activation,
     )
     row = 0
@@ -238,12 +255,12 @@ def _leave(x: Tensor, j: int, transfers: list[list[Any]], gates: list[list[Any]]
         end = row + projected.shape[1]
         known = (split.mean[row:end], split.var[row:end]) if uses_batch_statistics(norm) else None
         terms[i], row = (projected, known, conv), end
-    gated = dict(zip(copied, split.gated, strict=True))
+    gated = dict(zip([*coarser, *carried], split.gated, strict=True))
     for k, i in enumerate(coarser, len(finer)):
         first, *others = transfers[i][j]
         gate = (weight[k : k + 1], None if bias is None else bias[k : k + 1], activation)
         terms[i] = _descend(first, others, _gated_conv2d(gated[i], first[0], x, *gate))
-    mine = (None, None) if not own else (gated[j], None) if j in gated else (x.to(split.gate.dtype), split.gate[:, -1:])
+    mine = (x.to(split.gate.dtype), split.gate[:, -1:], gated.get(j)) if own else (None, None, None)
     return _Leaving(terms, mine, order, split.gate)
 
 

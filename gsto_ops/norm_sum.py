@@ -22,6 +22,7 @@ def norm_sum(
     norms: Sequence[nn.Module],
     *,
     gate: Tensor | None = None,
+    carrier: Tensor | None = None,
     statistics: Sequence[Statistics | None] | None = None,
     activation: Activation = None,
     mode: Mode = "bilinear",
@@ -39,7 +40,9 @@ def norm_sum(
     Args:
         input: (N, C, H, W), or None. terms: maps (N, C, H_k, W_k), resampled to the size of ``input``, or of the first term.
         norms: a module for every term.
-        gate: (N, 1, H, W), or None. statistics: for every term None, or what is known of it already (training mode only).
+        gate: (N, 1, H, W), or None. carrier: what the gradient of ``gate * input`` goes to instead of these two, from
+            :func:`gated_split` of this input, or None.
+        statistics: for every term None, or what is known of it already (training mode only).
         activation: None or ``"relu"``. mode: ``"bilinear"`` or ``"nearest"``. align_corners: as in ``F.interpolate``.
         inplace: the terms are not used any more, so that the result may be written over one of them. It is on CPUs, with norms
             in eval mode and gradients switched off: new memory costs there more than the sum.
@@ -50,7 +53,7 @@ def norm_sum(
     Raises:
         ValueError, TypeError: maps that do not fit each other; a batch norm in training mode with one value per channel.
     """
-    first = _check_maps(input, terms, norms, gate)
+    first = _check_maps(input, terms, norms, gate, carrier)
     if mode == "avg":
         raise ValueError("mode must be 'bilinear' or 'nearest', got 'avg'")
     checks.check_mode(mode, align_corners)
@@ -82,7 +85,11 @@ def norm_sum(
     if output is not None:
         operators.batch_norm_sum_(input, gate, terms, *arguments, act, mode, align_corners)
         return output
-    return operators.batch_norm_sum(input, gate, list(terms), *arguments, *others, act, mode, align_corners)
+    operands = (input, gate, list(terms), *arguments, *others, act, mode, align_corners)
+    # Without a gradient of its own, as from another backend's split, a carrier would take the gradient to nowhere.
+    if carrier is None or not carrier.requires_grad:
+        return operators.batch_norm_sum(*operands)
+    return operators.batch_norm_sum(*operands, carrier)
 
 
 def makes_new_map(layer: nn.Module) -> bool:
@@ -109,7 +116,11 @@ def _to_write_over(first: Tensor, terms: Sequence[Tensor]) -> Tensor | None:
 
 
 def _check_maps(
-    input: Tensor | None, terms: Sequence[Tensor], norms: Sequence[nn.Module], gate: Tensor | None
+    input: Tensor | None,
+    terms: Sequence[Tensor],
+    norms: Sequence[nn.Module],
+    gate: Tensor | None,
+    carrier: Tensor | None,
 ) -> Tensor:
     if not terms or len(norms) != len(terms):
         raise ValueError(
@@ -130,6 +141,9 @@ def _check_maps(
             raise ValueError("gate must be None where input is None")
         size = (input.shape[0], 1, *input.shape[2:])
         checks.check_parameter("gate", gate, size, input, meaning="one value per pixel")
+    if carrier is not None and (gate is None or carrier.shape != first.shape):
+        given = "no gate" if gate is None else f"a gate and input of shape {tuple(first.shape)}"
+        raise ValueError(f"carrier must have the shape of an input with a gate, got {tuple(carrier.shape)} for {given}")
     return first
 
 

@@ -138,8 +138,8 @@ void sum(const Operator& op, OptionalTensor input, OptionalTensor gate, const st
 Tensor forward(OptionalTensor input, OptionalTensor gate, std::vector<Tensor> terms, std::vector<Tensor> mean,
                std::vector<Tensor> var, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<double> eps,
                bool, OptionalTensor, std::optional<StringHandle> group, StringHandle activation, StringHandle mode,
-               bool align_corners) {
-  if (group.has_value()) text_of(*group);  // an owned string: only the gradient has a use for it
+               bool align_corners, OptionalTensor) {
+  if (group.has_value()) text_of(*group);  // an owned string: only the gradient has a use for it, as for the carrier
   STD_TORCH_CHECK(!terms.empty(), "gsto_ops::batch_norm_sum: terms must not be empty");
   const Operator op("batch_norm_sum", input.has_value() ? *input : terms[0]);
   const Tensor output = op.new_map(op.channels, op.height, op.width);

@@ -40,11 +40,12 @@ std::vector<TensorView> views(const std::vector<Tensor>& tensors) {
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> forward(
     const Tensor& input, const Tensor& gate_weight, OptionalTensor gate_bias, OptionalTensor weight,
-    std::vector<int64_t> split, int64_t copies, StringHandle activation) {
+    std::vector<int64_t> split, int64_t copies, StringHandle activation, int64_t carriers) {
   const Operator op("gated_split", input);
   GatedSplitParams p = common_params(op, gate_weight, weight, split, activation);
-  STD_TORCH_CHECK(copies >= 0 && p.projections + copies <= p.gates, "gsto_ops::gated_split: copies must be 0 to ",
-                  p.gates - p.projections, ", got ", copies);
+  STD_TORCH_CHECK(copies >= 0 && carriers >= 0 && p.projections + copies + carriers <= p.gates,
+                  "gsto_ops::gated_split: copies and carriers must be 0 to ", p.gates - p.projections,
+                  " together, got ", copies, " and ", carriers);
   p.copies = copies;
   op.check("gate_bias", gate_bias, {p.gates});
   p.gate_bias = view(gate_bias);
@@ -65,6 +66,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> for
   p.mean = mean.data_ptr();
   p.var = var.data_ptr();
   chosen_kernels().gated_split(op.call(op.height * op.width), p);
+  for (int64_t k = 0; k < carriers; ++k) gated.push_back(new_carrier(op.name, input));
   return {projected, gated, gate, mean, var};
 }
 

@@ -82,7 +82,8 @@ struct Sampling {
 
 Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors mean, Tensors var, Tensors weight,
                Tensors bias, std::vector<double> eps, bool /*training*/, OptionalTensor /*counts*/,
-               std::optional<StringHandle> group, StringHandle activation, StringHandle mode, bool align_corners) {
+               std::optional<StringHandle> group, StringHandle activation, StringHandle mode, bool align_corners,
+               OptionalTensor /*carrier*/) {
   if (group.has_value()) text_of(*group);  // frees it: whose statistics they are matters in the backward alone
   const char* op = "batch_norm_sum";
   const bool relu = is_relu(op, activation);
@@ -94,8 +95,6 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
   call.check("gate", gate, {call.batch, 1, call.height, call.width});
   const Norms norms(call, terms.size(), mean, var, &weight, &bias, eps);
   const Tensor output = call.new_map(call.channels, call.height, call.width);
-  const OptionalTensor gates = contiguous(gate);
-
   ResampledSumParams p{};
   std::vector<const void*> maps = {output.data_ptr()};
   bool resampled = false;
@@ -113,8 +112,11 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
     if (!p.resampled[k] || call.format.channels_last) maps.push_back(p.term[k]);
   }
   if (input.has_value()) maps.push_back(p.input = call.input.data_ptr());
+  // One of the gates (N, K, H, W) of a branch is read where it is, but by strips, which do not know an image's end.
+  const bool rows = gate.has_value() && resampled && gate->stride(3) == 1 && gate->stride(2) == call.width;
+  const OptionalTensor gates = rows ? gate : contiguous(gate);
   p.gate = data_of(gates);
-  if (p.gate != nullptr && !call.format.channels_last) maps.push_back(p.gate);
+  if (p.gate != nullptr && !call.format.channels_last && !resampled) maps.push_back(p.gate);
   p.format = call.format;
   p.channels = call.channels;
   p.pixels = call.pixels;
@@ -123,6 +125,7 @@ Tensor forward(OptionalTensor input, OptionalTensor gate, Tensors terms, Tensors
   p.output = output.data_ptr();
   if (resampled) {
     p.batch = call.batch;
+    p.gate_stride = rows ? gates->stride(0) : call.pixels;
     p.tiles = plan_sum_tile(call.channels, call.height, call.width, call.format.channels_last, call.element_size,
                             alignment_of(maps));
     call.launched(launch_resampled_sum(p, call.stream));

@@ -168,7 +168,7 @@ resampled_sum(const ResampledSumParams p) {
     if (p.input != nullptr) {
       each_unit(p.input, [&](int b, int j, float x) { sum[b][j] = x; });
       if (p.gate != nullptr) {
-        const int64_t at = tile.image * tile.pixels() + pixel;
+        const int64_t at = tile.image * p.gate_stride + pixel;
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           const float gate = i < pixels ? load_scalar<T>(p.gate, at + i) : 0.f;

@@ -10,13 +10,14 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 int64_t gates_of(const Call& call, const Tensor& gate_weight, const OptionalTensor& weight, int64_t projections,
-                 int64_t copies) {
+                 int64_t copies, int64_t carriers = 0) {
   const int64_t gates = gate_weight.dim() > 0 ? gate_weight.size(0) : 0;
   STD_TORCH_CHECK(gates >= 1 && gates <= kMaxGates, "gsto_ops::", call.op, ": gate_weight must have 1 to ", kMaxGates,
                   " gates on CUDA, got ", shape_of(gate_weight));
   call.check("gate_weight", gate_weight, {gates, call.channels, 1, 1});
-  STD_TORCH_CHECK(copies >= 0 && projections + copies <= gates, "gsto_ops::", call.op, ": ", projections,
-                  " projections and ", copies, " copies need as many gates, got ", gates);
+  STD_TORCH_CHECK(copies >= 0 && carriers >= 0 && projections + copies + carriers <= gates, "gsto_ops::", call.op, ": ",
+                  projections, " projections, ", copies, " copies and ", carriers, " carriers need as many gates, got ",
+                  gates);
   STD_TORCH_CHECK(weight.has_value() == (projections > 0), "gsto_ops::", call.op, ": weight must ",
                   projections > 0 ? "be there" : "be None", " for ", projections, " projections");
   return gates;
@@ -25,12 +26,12 @@ int64_t gates_of(const Call& call, const Tensor& gate_weight, const OptionalTens
 std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& gate_weight,
                                                              OptionalTensor gate_bias, OptionalTensor weight,
                                                              std::vector<int64_t> split, int64_t copies,
-                                                             StringHandle activation) {
+                                                             StringHandle activation, int64_t carriers) {
   const char* op = "gated_split";
   const bool relu = is_relu(op, activation);
   const Call call(op, input);
   const int64_t projections = static_cast<int64_t>(split.size());
-  const int64_t gates = gates_of(call, gate_weight, weight, projections, copies);
+  const int64_t gates = gates_of(call, gate_weight, weight, projections, copies, carriers);
   GatedSplitParams p{};
   int64_t rows = 0;
   for (int64_t k = 0; k < projections; ++k) {
@@ -87,6 +88,7 @@ std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor> forward(const Tensor& input
     m.variance = static_cast<float*>(variance.data_ptr());
     call.launched(launch_merge_statistics(m, call.stream));
   }
+  for (int64_t k = 0; k < carriers; ++k) gated.push_back(new_carrier(op, input));
   return {projected, gated, gate, mean, variance};
 }
 

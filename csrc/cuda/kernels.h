@@ -252,6 +252,7 @@ cudaError_t launch_batch_norm_sum(const BatchNormSumParams& params, cudaStream_t
 // The same with terms of other sizes, bilinear or nearest: their taps come from L1/L2. The plan of strips is not used.
 struct ResampledSumParams : BatchNormSumParams {
   int64_t batch;
+  int64_t gate_stride;  // from image to image
   SumTilePlan tiles;
   Axis rows[kMaxTerms], cols[kMaxTerms];
   bool resampled[kMaxTerms];

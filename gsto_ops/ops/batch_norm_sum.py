@@ -4,6 +4,9 @@
 the first term. With ``training`` the statistics are those of the batch, computed before (``channel_statistics``, or the
 epilogue of ``gated_split``), and the gradient of a term includes what flows through them.
 
+Where a ``carrier`` is given (see ``gated_split``), the gradient of ``gate ⊙ input`` is the carrier's, and ``input`` and ``gate``
+have none: ``gated_split``, which reads the input in its own backward pass anyway, does the rest.
+
 The gradient takes two passes, because the second one needs sums over all pixels of the first, which are also the gradients of
 bias and weight; across processes (``group``) they are added up in between. Where the ReLU follows a single norm, both passes find
 where it was open from the term, which they read anyway: the output is neither kept nor read, and the gradient under the ReLU
@@ -27,7 +30,7 @@ from .library import define, empty_like_layout, layout_of, libraries, operators,
 NORMS = "Tensor[] mean, Tensor[] var, Tensor[] weight"
 SCHEMA = (
     f"(Tensor? input, Tensor? gate, Tensor[] terms, {NORMS}, Tensor[] bias, float[] eps, bool training, Tensor? counts, "
-    "str? group, str activation, str mode, bool align_corners) -> Tensor"
+    "str? group, str activation, str mode, bool align_corners, Tensor? carrier=None) -> Tensor"
 )
 IN_PLACE_SCHEMA = (
     f"(Tensor? input, Tensor? gate, Tensor(a!)[] terms, {NORMS}, Tensor[] bias, float[] eps, str activation, str mode, "
@@ -56,12 +59,35 @@ def _kernel(
     activation: str,
     mode: str,
     align_corners: bool,
+    carrier: Tensor | None = None,
 ) -> Tensor:
     norms = (mean, var, weight, bias, eps)
     output = reference.batch_norm_sum(input, gate, terms, *norms, activation, mode, align_corners)
     first = terms[0] if input is None else input
     output = output.contiguous(memory_format=layout_of(first))
     return output.clone() if output is first else output
+
+
+def _formula(
+    input: Tensor | None,
+    gate: Tensor | None,
+    terms: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    eps: Sequence[float],
+    training: bool,
+    counts: Tensor | None,
+    group: str | None,
+    *others: Any,
+) -> Tensor:
+    """In forward mode the statistics of the batch, which were made before without tangents, are made again."""
+    if training and terms and mean:
+        if group is not None:
+            raise RuntimeError("batch_norm_sum: no forward mode through statistics of several processes")
+        mean, var = zip(*map(reference.channel_statistics, terms), strict=True)
+    return _kernel(input, gate, terms, mean, var, weight, bias, eps, training, counts, group, *others)
 
 
 def _in_place_kernel(input: Tensor | None, gate: Tensor | None, terms: Sequence[Tensor], *others: Any) -> None:
@@ -133,9 +159,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         counts,
         ctx.group,
         ctx.activation,
-        *resampling,
+        mode,
+        align_corners,
+        *carrier,
     ) = inputs
-    ctx.resampling = resampling
+    ctx.resampling = mode, align_corners
+    ctx.options = len(inputs) - 7
+    ctx.carried = bool(carrier) and carrier[0] is not None
+    if ctx.carried:
+        gate = None
     ctx.count = len(terms), len(mean)
     # The output is the input of the next layer, and a term is what a convolution made: no other map is kept, but the input
     # where its gate wants a gradient.
@@ -170,8 +202,23 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Any, .
     grad_input, grad_gate = (grad_sum if ctx.has_input else None), None
     if gate is not None:
         grad_input, grad_gate = gate * grad_sum, (input * grad_sum).sum(1, keepdim=True)
-    none = [None] * n_norms
-    return grad_input, grad_gate, grads, none, none, grads_weight, grads_bias, *(None,) * 7
+    return _gradients(ctx, grad_input, grad_gate, grads, grads_weight, grads_bias)
+
+
+def _gradients(
+    ctx: Any,
+    grad_input: Tensor | None,
+    grad_gate: Tensor | None,
+    grads: Sequence[Tensor | None],
+    grads_weight: Sequence[Tensor | None],
+    grads_bias: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """In the order of the schema, as many as the call had arguments."""
+    none: list[Any] = [None] * ctx.count[1]
+    others: list[Any] = [None] * ctx.options
+    if ctx.carried:
+        others[-1], grad_input = grad_input, None
+    return grad_input, grad_gate, grads, none, none, grads_weight, grads_bias, *others
 
 
 def _differentiable_backward(
@@ -218,8 +265,7 @@ def _differentiable_backward(
         found[2 + n_terms : 2 + n_terms + n_norms],
         found[2 + n_terms + n_norms :],
     )
-    none = [None] * n_norms
-    return found[0], found[1], maps, none, none, gammas, betas, *(None,) * 7
+    return _gradients(ctx, found[0], found[1], maps, gammas, betas)
 
 
 def _namespace_of(operator: Any) -> Any:
@@ -247,6 +293,7 @@ register(
     _setup_context,
     _backward,
     autocast=False,
+    formula=_formula,
 )
 libraries["gsto_ops"].define(f"batch_norm_sum_{IN_PLACE_SCHEMA}")
 libraries["gsto_ops"].impl("batch_norm_sum_", _in_place_kernel, "CompositeExplicitAutograd")

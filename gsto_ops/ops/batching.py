@@ -16,7 +16,7 @@ def vmap_rule(overload: torch._ops.OpOverload, maps: Sequence[str], info: Any, i
     the mapped dimension and N become one batch. Gradients of weights and batch statistics are sums over one call's images,
     so operators with such results, and mapped weights, take one call per element.
     """
-    names = [argument.name for argument in overload._schema.arguments]
+    names = [argument.name for argument in overload._schema.arguments[: len(args)]]  # left out at the end: its default
     size = info.batch_size
     mapped = [name for name, dims in zip(names, in_dims, strict=True) if _is_mapped(dims)]
     if size == 0:

@@ -4,6 +4,10 @@ K gates of the branch; for the first of them, the gated projections to finer bra
 next ``copies``, the gated copies that the strided convolutions to coarser branches read; further gates are only computed. No
 gradient flows through the statistics: ``batch_norm_sum`` accounts for it.
 
+The first ``carriers`` of the further gates have a copy that is not written, as ``batch_norm_sum`` multiplies by the gate itself:
+its place in ``gated`` is taken by a map of zeros that is one element in memory. What ``batch_norm_sum`` returns as this map's
+gradient is the gradient of the copy, which joins those of the other copies in the one pass over the input.
+
 With ReLU on the logits a gate of 0.5 is one whose ReLU is closed. So is, in bfloat16, a gate that rounds to 0.5: the gradient of
 logits between 0 and 0.004 is left out.
 """
@@ -20,8 +24,8 @@ from .autograd import differentiable_backward
 from .library import empty_like_layout, layout_of, register
 
 SCHEMA = (
-    "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, int copies, str activation) -> "
-    "(Tensor[] projected, Tensor[] gated, Tensor gate, Tensor mean, Tensor var)"
+    "(Tensor input, Tensor gate_weight, Tensor? gate_bias, Tensor? weight, SymInt[] split, int copies, str activation, "
+    "int carriers=0) -> (Tensor[] projected, Tensor[] gated, Tensor gate, Tensor mean, Tensor var)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor[] grad_projected, Tensor[] grad_gated, Tensor? grad_gate, Tensor input, Tensor gate, Tensor gate_weight, "
@@ -31,11 +35,26 @@ BACKWARD_SCHEMA = (
 Outputs = tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]
 
 
-def _kernel(input: Tensor, *operands: Any) -> Outputs:
-    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
+def _kernel(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    weight: Tensor | None,
+    split: Sequence[int],
+    copies: int,
+    activation: str,
+    carriers: int = 0,
+) -> Outputs:
+    operands = (input, gate_weight, gate_bias, weight, split, copies, activation)
+    projected, gated, gate, mean, var = reference.gated_split(*operands)
     layout = layout_of(input)
     projected, gated = ([x.contiguous(memory_format=layout) for x in maps] for maps in (projected, gated))
-    return projected, gated, gate.contiguous(), mean, var
+    return projected, gated + new_carriers(input, carriers), gate.contiguous(), mean, var
+
+
+def new_carriers(input: Tensor, count: int) -> list[Tensor]:
+    """Zeros of the shape of ``input`` that are one element in memory."""
+    return [input.new_zeros(()).expand(input.shape) for _ in range(count)]
 
 
 def _backward_kernel(*operands: Any) -> tuple[Tensor, ...]:
@@ -51,11 +70,12 @@ def _fake(
     split: Sequence[int],
     copies: int,
     activation: str,
+    carriers: int = 0,
 ) -> Outputs:
     batch, _, height, width = input.shape
     gates, rows = gate_weight.shape[0], sum(split)
     projected = [empty_like_layout(input, (batch, channels, height, width)) for channels in split]
-    gated = [empty_like_layout(input, input.shape) for _ in range(copies)]
+    gated = [empty_like_layout(input, input.shape) for _ in range(copies)] + new_carriers(input, carriers)
     mean, var = (input.new_empty(rows, dtype=reference.statistics_dtype(input)) for _ in range(2))
     return projected, gated, input.new_empty((batch, gates, height, width)), mean, var
 
@@ -79,7 +99,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    input, gate_weight, gate_bias, weight, ctx.split, ctx.copies, ctx.activation = inputs
+    input, gate_weight, gate_bias, weight, ctx.split, copies, ctx.activation, *carriers = inputs
+    ctx.copies = copies + sum(carriers)
+    ctx.options = len(inputs) - 4
     # Neither projections nor gated copies nor gates: all of it can be made again from the input.
     ctx.save_for_backward(input, gate_weight, gate_bias, weight)
     ctx.mark_non_differentiable(*output[3:])
@@ -96,7 +118,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     input, gate_weight, gate_bias, weight = ctx.saved_tensors
     grads = (*grad_projected, *grad_gated, grad_gate)
-    no_grads = (None,) * 3
+    no_grads = (None,) * ctx.options
     if all(grad is None for grad in grads):
         return (None,) * 4 + no_grads
     if torch.is_grad_enabled():

@@ -42,6 +42,7 @@ def forward(
     activation: str,
     mode: str,
     align_corners: bool,
+    carrier: Tensor | None = None,
 ) -> Tensor:
     first = terms[0] if input is None else input
     output = new_map(first, *first.shape[1:])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.gated_split import new_carriers
 from .launch import new_map
 from .product import Gradient, weight_gradient
 from .split import split_branch
@@ -23,6 +24,7 @@ def forward(
     split: Sequence[int],
     copies: int,
     activation: str,
+    carriers: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     batch, channels, height, width = input.shape
     gates = gate_weight.shape[0]
@@ -41,7 +43,7 @@ def forward(
         (mean, var),
         relu=activation == "relu",
     )
-    return projected, gated, gate, mean, var
+    return projected, gated + new_carriers(input, carriers), gate, mean, var
 
 
 def backward(

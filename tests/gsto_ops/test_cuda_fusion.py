@@ -297,6 +297,23 @@ def test_gated_split_of_any_strides(ops, channels_last):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_carriers(ops, channels_last):
+    """They take no memory, and no other result changes; the sum reads one of several gates where it is."""
+    (x, rho, bias, weight), (split, _, activation) = make_split(SPLITS[1], torch.float32, channels_last, "none")
+    alone = ops.gated_split(x, rho, bias, weight, split, 1, activation)
+    projected, (copy, carrier), *others = ops.gated_split(x, rho, bias, weight, split, 1, activation, 1)
+    assert carrier.shape == x.shape and carrier.stride() == (0,) * 4 and not carrier.any()
+    for a, b in zip((*projected, copy, *others), (*alone[0], *alone[1], *alone[2:]), strict=True):
+        assert torch.equal(a, b)
+    small = layout(torch.randn(1, 48, 4, 8), channels_last)
+    batch = [torch.cat([t, t.flip(0)]) for t in (x, copy, small, others[0])]
+    x, copy, small, gate = (layout(t, channels_last) for t in batch)
+    for terms in ([copy, small], [copy]):
+        operands = (x, gate[:, 1:2], terms)
+        found = ops.batch_norm_sum(*operands, *NO_NORMS, False, None, None, "relu", "bilinear", False, carrier)
+        assert_near(found, reference.batch_norm_sum(*wide(operands), *NO_NORMS, "relu", "bilinear"), 1e-5, "output")
+
+
 def test_gates_do_not_use_tf32(ops, channels_last):
     """Where TF32 is allowed, projections use it and gates do not: they are sums of the product's operands, not of its results."""
     (x, rho, bias, weight), options = make_split(SPLITS[3], torch.float32, channels_last, "relu")
@@ -328,7 +345,7 @@ def test_bad_operands_are_named(ops):
     with pytest.raises(RuntimeError, match="gathered must have an entry per term of another size"):
         ops.batch_norm_sum_backward_terms(x, [], [x[..., :2]], *norms[:3], norms[4], None, None)
     rho, weight = torch.randn(2, 4, 1, 1), torch.randn(3, 4, 1, 1)
-    with pytest.raises(RuntimeError, match="1 projections and 2 copies need as many gates, got 2"):
+    with pytest.raises(RuntimeError, match="1 projections, 2 copies and 0 carriers need as many gates, got 2"):
         ops.gated_split(x, rho, None, weight, [3], 2, "none")
     with pytest.raises(RuntimeError, match=r"weight must have shape \(4, 4, 1, 1\)"):
         ops.gated_split(x, rho, None, weight, [3, 1], 0, "none")

@@ -145,6 +145,68 @@ def test_single_norm_opcheck(training):
     torch.library.opcheck(OPS.batch_norm_sum_backward_terms.default, arguments, test_utils=FORWARD)
 
 
+def carried(operands, activation="none", ops=OPS):
+    """A sum that multiplies by the gate of a branch itself, and returns its gradient through the split's carrier."""
+    input, gate_weight, gate_bias, weight, gamma, beta = operands
+    split = ops.gated_split(input, gate_weight, gate_bias, weight, [3], 1, activation, 1)
+    projected, (copy, carrier), gate, _, _ = split
+    terms = [projected[0], copy]
+    arguments = norm_arguments(terms, (gamma, gamma, beta, beta), True)
+    return ops.batch_norm_sum(input, gate[:, 2:3], terms, *arguments, "relu", "bilinear", False, carrier), carrier
+
+
+def carried_operands(dtype=torch.float64):
+    shapes = (2, 3, 4, 5), (4, 3, 1, 1), (4,), (3, 3, 1, 1), (3,), (3,)
+    return tuple(make(*shape, dtype=dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_gradients_through_a_carrier(activation):
+    """First and second ones; neither a copy nor the input is kept for the gate's sake, nor is there memory for the carrier."""
+    operands = carried_operands()
+    torch.autograd.gradcheck(lambda *o: carried(o, activation)[0], operands)
+    torch.autograd.gradgradcheck(lambda *o: carried(o, activation)[0], operands)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        _, carrier = carried(operands, activation)
+    maps = [x for x in kept if x is not None and x.shape[1:] == (3, 4, 5)]
+    assert len({x.data_ptr() for x in maps}) == 4  # the input, two terms and the sum
+    assert carrier.untyped_storage().nbytes() == carrier.element_size() and not carrier.any()
+
+
+def test_carriers_under_transforms():
+    """Forward mode knows nothing of carriers, reverse mode over forward mode, and the batch of a vmap."""
+    operands = tuple(o.detach() for o in carried_operands())
+    tangents = tuple(torch.randn_like(o) for o in operands)
+    scalar = lambda *o: carried(o)[0].square().sum()  # noqa: E731
+    everything = tuple(range(len(operands)))
+    grads = torch.func.grad(scalar, everything)(*operands)
+    _, slope = torch.func.jvp(scalar, operands, tangents)
+    torch.testing.assert_close(slope, sum((g * t).sum() for g, t in zip(grads, tangents, strict=True)))
+    step = 1e-6
+    moved = [
+        torch.func.grad(scalar, everything)(*(o + s * step * t for o, t in zip(operands, tangents, strict=True)))
+        for s in (1, -1)
+    ]
+    _, found = torch.func.jvp(torch.func.grad(scalar, everything), operands, tangents)
+    for f, up, down in zip(found, *moved, strict=True):
+        torch.testing.assert_close(f, (up - down) / (2 * step), rtol=1e-5, atol=1e-5)
+    batch = torch.stack([operands[0], operands[0].flip(0)])
+    per_element = torch.func.vmap(torch.func.grad(scalar), (0, *(None,) * 5))(batch, *operands[1:])
+    for found, element in zip(per_element, batch, strict=True):
+        torch.testing.assert_close(found, torch.func.grad(scalar)(element, *operands[1:]))
+
+
+def test_opcheck_with_carriers():
+    input, gate_weight, gate_bias, weight, gamma, beta = carried_operands(torch.float32)
+    torch.library.opcheck(OPS.gated_split.default, (input, gate_weight, gate_bias, weight, [3], 1, "none", 2))
+    term, gate = make(2, 3, 2, 3, dtype=torch.float32), torch.rand(2, 1, 4, 5)
+    carrier = torch.zeros(()).requires_grad_().expand(2, 3, 4, 5)
+    arguments = norm_arguments([term], (gamma, beta), True)
+    operands = (input, gate, [term], *arguments, "relu", "bilinear", False, carrier)
+    torch.library.opcheck(OPS.batch_norm_sum.default, operands)
+
+
 # Slow, so not every combination: the training form everywhere, the others once.
 OPCHECKED = [case for case in SUMS if case[2:] == (True, True, "relu")] + SUMS[:1] + SUMS[8:9]
 

@@ -5,6 +5,7 @@ The bound is twice the error of plain PyTorch in the same dtype, plus a few unit
 
 import pytest
 import torch
+from carriers import compare_carriers
 from single_norm import SHAPES, compare_masks
 
 import gsto_ops
@@ -224,6 +225,11 @@ def test_gated_split(backend, device, case, activation, dtype, layout):
         keep = [i for i, e in enumerate(exact) if not e.isnan().any()]
         ours, plain, exact, names = ([values[i] for i in keep] for values in (ours, plain, exact, names))
     check(ours, plain, exact, dtype, names)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_carriers(backend, device, channels_last):
+    compare_carriers(operators_of(backend), channels_last, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

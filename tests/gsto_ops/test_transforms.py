@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
@@ -26,7 +28,25 @@ def operands():
         c=torch.randn(4, dtype=torch.float64),
         rhos=torch.randn(2, 3, 1, 1, dtype=torch.float64),
         v=torch.randn(3, dtype=torch.float64),
+        labels=torch.randint(4, (2, 8, 10)),
     )
+
+
+BATCH_NORM = nn.BatchNorm2d(3, affine=True, track_running_stats=False).double()
+
+
+def fused_sum(x, w, o):
+    """The end of a gated fusion: a branch's own part, whose gradient takes the carrier, and a projection with its batch norm."""
+    split = gsto_ops.gated_split(x, o.rhos, None, w[:3], split=[3], carriers=1)
+    own = {"gate": split.gate[:, 1:], "carrier": split.gated[0]}
+    known = [(split.mean, split.var)]
+    return gsto_ops.norm_sum(x, split.projected, [BATCH_NORM], **own, statistics=known, activation="relu")
+
+
+def plain_sum(x, w, o):
+    gates = F.conv2d(x, o.rhos).sigmoid()
+    projected = F.batch_norm(gates[:, :1] * F.conv2d(x, w[:3]), None, None, *BATCH_NORM.parameters(), True)
+    return F.relu(gates[:, 1:] * x + projected)
 
 
 # operator -> (public function, plain formula) of (x, w, the other operands): one map, and one weight to differentiate
@@ -58,6 +78,17 @@ CALLS = {
     "gated_pyramid_pool": (
         lambda x, w, o: gsto_ops.gated_pyramid_pool(x, w[:2], bins=[1, 3])[0][1],
         lambda x, w, o: reference.gated_pyramid_pool(x, w[:2], None, [1, 3])[0][..., 1:].unflatten(2, (3, 3)),
+    ),
+    "gated_split and norm_sum": (fused_sum, plain_sum),
+    "norm_sum of one term": (
+        lambda x, w, o: gsto_ops.norm_sum(None, [F.conv2d(x, w[:3])], [BATCH_NORM], activation="relu"),
+        lambda x, w, o: F.relu(F.batch_norm(F.conv2d(x, w[:3]), None, None, *BATCH_NORM.parameters(), True)),
+    ),
+    "upsample_cross_entropy": (
+        lambda x, w, o: gsto_ops.upsample_cross_entropy(F.conv2d(x, w), o.labels[: len(x)], reduction="none"),
+        lambda x, w, o: F.cross_entropy(
+            F.interpolate(F.conv2d(x, w), (8, 10), mode="bilinear"), o.labels[: len(x)], reduction="none"
+        ),
     ),
 }
 TRANSFORMS = {

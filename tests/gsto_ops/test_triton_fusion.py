@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gsto_ops  # noqa: F401  (defines the operators)
+import gsto_ops
 from gsto_ops import reference
 from gsto_ops.ops import layout_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import interpreted
 import single_norm
+from carriers import compare_carriers
 from interpreted import DTYPES, TINY, assert_close, layout, layouts, parameter
 
 OPS = torch.ops.gsto_triton
@@ -279,6 +280,11 @@ def sweep_gradients_of_gated_split(last):
         results.append([*outputs, *grads])
     for i, (e, p, f) in enumerate(zip(*results, strict=True)):
         assert_close(f.detach(), e.detach(), p.detach(), f"result {i}", 1e-5, 0.5)
+
+
+@layouts
+def sweep_carriers(last):
+    compare_carriers(gsto_ops.ops.library.operators["gsto_triton"], last)
 
 
 def everything(x, gate, same, small, dy):

@@ -346,7 +346,15 @@ def test_errors_name_what_was_given():
         gsto_ops.norm_sum(None, [torch.randn(1, 3, 1, 1)], [norm])
     with pytest.raises(ValueError, match="split must be positive and add up to the 4 rows"):
         gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), None, torch.randn(4, 3, 1, 1), split=[3])
-    with pytest.raises(ValueError, match="copies must be 0 to 2"):
+    with pytest.raises(ValueError, match=r"copies and carriers must be 0 to 2 together, .* got 3 and 0"):
         gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), copies=3)
+    with pytest.raises(ValueError, match=r"copies and carriers must be 0 to 2 together, .* got 3 and -1"):
+        gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), copies=3, carriers=-1)
+    with pytest.raises(ValueError, match=r"carrier must .* got \(2, 3, 4, 4\) for no gate"):
+        gsto_ops.norm_sum(x, [x], [norm], carrier=x)
+    with pytest.raises(
+        ValueError, match=r"carrier must .* got \(2, 3, 2, 4\) for a gate and input of shape \(2, 3, 4, 4\)"
+    ):
+        gsto_ops.norm_sum(x, [x], [norm], gate=x[:, :1], carrier=x[:, :, :2])
     with pytest.raises(ValueError, match=r"weight must have shape \(any, 6, 1, 1\)"):
         gsto_ops.projected_sum([x, x], torch.randn(2, 3, 1, 1))
