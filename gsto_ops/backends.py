@@ -20,6 +20,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import (
     measured,
@@ -179,7 +180,7 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     While ``torch.export`` traces, ``auto`` is the reference: the exported program consists of PyTorch's own operators. One
     that is chosen by name stays, as an operator that the program needs this package for.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "reference" if _selected == "auto" and torch.compiler.is_exporting() else _select(device, dtype)
     key = (_selected, device, dtype)
     found = _found.get(key)
@@ -199,8 +200,12 @@ def select_for(operator: str, input: Tensor) -> str:
 
     Compiled code takes the former: a size must not decide what is compiled.
     """
+    if not is_compiling():  # what a second call finds, in half of the time
+        found = _found.get((_selected, input.device, input.dtype))
+        if found is not None and (_selected != "auto" or not measured.choices()):
+            return found
     backend = select(input.device, input.dtype)
-    if _selected != "auto" or torch.compiler.is_compiling() or not (choices := measured.choices()):
+    if _selected != "auto" or is_compiling() or not (choices := measured.choices()):
         return backend
     faster = choices.get(call_of(operator, input).key, backend)
     return backend if why_not_call(faster, input.device, input.dtype) else faster

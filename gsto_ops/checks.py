@@ -21,20 +21,19 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def check_input(input: Tensor) -> None:
-    """``input`` is a (N, C, H, W) floating-point tensor with C, H, W > 0."""
+def check_input(input: Tensor) -> torch.Size:
+    """The shape of ``input``, a (N, C, H, W) floating-point tensor with C, H, W > 0."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-    if input.dim() != 4:
-        raise ValueError(
-            f"input must have 4 dimensions (N, C, H, W), got {input.dim()} with shape {tuple(input.shape)}"
-        )
+    shape = input.shape
+    if len(shape) != 4:
+        raise ValueError(f"input must have 4 dimensions (N, C, H, W), got {len(shape)} with shape {tuple(shape)}")
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"input must be a floating-point tensor ({allowed}), got {input.dtype}")
-    shape = input.shape
     if 0 in shape and 0 in shape[1:]:
-        raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(input.shape)}")
+        raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(shape)}")
+    return shape
 
 
 def check_parameter(

@@ -13,6 +13,12 @@ from .ops import autocast_operands, library
 
 Mode = Literal["bilinear", "avg", "nearest"]
 Activation = Literal["relu"] | None
+OPERATORS = {
+    "cuda": library.operators["gsto_ops"],
+    "triton": library.operators["gsto_triton"],
+    "cpu": library.operators["gsto_ops"],
+    "reference": None,
+}
 MAX_CUDA_BIN = 128  # cells per axis that the CUDA kernels have tables for; pyramids in use stop at 6
 
 
@@ -87,10 +93,10 @@ def gated_scale_transfer(
     Raises:
         ValueError: shapes, sizes, devices or mode that cannot work. TypeError: wrong types or mixed dtypes.
     """
-    checks.check_input(input)
+    channels = checks.check_input(input)[1]
     checks.check_parameters(
         input,
-        ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
+        ("gate_weight", gate_weight, (1, channels, 1, 1), "(1, in_channels, 1, 1)"),
         ("gate_bias", gate_bias, (1,), "one number"),
     )
     checks.check_projection(weight, bias, input)
@@ -262,10 +268,10 @@ def gated_projection(
     Raises:
         ValueError, TypeError: as :func:`gated_scale_transfer`.
     """
-    checks.check_input(input)
+    channels = checks.check_input(input)[1]
     checks.check_parameters(
         input,
-        ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
+        ("gate_weight", gate_weight, (1, channels, 1, 1), "(1, in_channels, 1, 1)"),
         ("gate_bias", gate_bias, (1,), "one number"),
     )
     if weight is None:
@@ -302,12 +308,11 @@ def affine_scale_transfer(
     Raises:
         ValueError, TypeError: as :func:`gated_scale_transfer`.
     """
-    checks.check_input(input)
-    channels = (input.shape[1],)
+    channels = checks.check_input(input)[1]
     checks.check_parameters(
         input,
-        ("scale", scale, channels, "(channels,)"),
-        ("shift", shift, channels, "(channels,)"),
+        ("scale", scale, (channels,), "(channels,)"),
+        ("shift", shift, (channels,), "(channels,)"),
         dtype=reference.statistics_dtype(input),
     )
     checks.check_mode(mode, align_corners)
@@ -335,10 +340,10 @@ def gated_pyramid_pool(
     Raises:
         ValueError, TypeError: as :func:`gated_scale_transfer`; bins that are not positive ints.
     """
-    checks.check_input(input)
+    channels = checks.check_input(input)[1]
     if not isinstance(bins, (tuple, list)) or not bins or any(type(b) is not int or b < 1 for b in bins):
         raise ValueError(f"bins must be a list of positive ints, got {bins!r}")
-    shape = (len(bins), input.shape[1], 1, 1)
+    shape = (len(bins), channels, 1, 1)
     checks.check_parameters(
         input,
         ("gate_weight", gate_weight, shape, "(number of bins, in_channels, 1, 1)"),
@@ -361,10 +366,7 @@ def _gated_pyramid_pool(
 
 def _operators(operator: str, input: Tensor) -> Any:
     """The operators (``ops.library.operators``) that take this input; None for the plain functions of ``reference``."""
-    backend = backends.select_for(operator, input)
-    if backend == "reference":
-        return None
-    return library.operators["gsto_triton" if backend == "triton" else "gsto_ops"]
+    return OPERATORS[backends.select_for(operator, input)]
 
 
 def _outside_autocast(function: Callable, input: Tensor, *arguments: Any) -> Any:

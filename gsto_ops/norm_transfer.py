@@ -40,7 +40,7 @@ def gated_batch_norm_transfer(
     Raises:
         ValueError, TypeError: as :func:`gated_scale_transfer`; one value per channel.
     """
-    checks.check_input(input)
+    batch, channels, height, width = checks.check_input(input)
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got None (without a projection, use gated_scale_transfer)")
     if not isinstance(norm_weight, Tensor) or not isinstance(norm_bias, Tensor):
@@ -48,12 +48,11 @@ def gated_batch_norm_transfer(
         raise TypeError(f"norm_weight and norm_bias must be torch.Tensors, got {given}")
     checks.check_parameters(
         input,
-        ("gate_weight", gate_weight, (1, input.shape[1], 1, 1), "(1, in_channels, 1, 1)"),
+        ("gate_weight", gate_weight, (1, channels, 1, 1), "(1, in_channels, 1, 1)"),
         ("gate_bias", gate_bias, (1,), "one number"),
-        ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)"),
+        ("weight", weight, (None, channels, 1, 1), "(out_channels, in_channels, 1, 1)"),
     )
     out_channels, dtype = weight.shape[:1], reference.statistics_dtype(input)
-    batch, _, height, width = input.shape
     if batch * height * width < 2:
         raise ValueError(
             f"batch norm in training mode needs more than one value per channel, got {(batch, *out_channels, height, width)}"

@@ -173,9 +173,23 @@ inline Bits make_pairs(Vec<float> first, Vec<float> second) {
 }
 #endif
 
-// The first n < lanes values (the other lanes are zero), stride elements apart.
+// The first n <= lanes values, where the instruction set has masks: a buffer costs a store and a load that waits for
+// it.
+#if GSTO_VECTOR_BYTES == 64
+inline Vec<float> load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+inline Vec<double> load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+inline void store_first(float* p, Vec<float> v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+inline void store_first(double* p, Vec<double> v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+constexpr bool kMasks = true;
+#else
+constexpr bool kMasks = false;
+#endif
+
+// The first n <= lanes values (the other lanes are zero), stride elements apart.
 template <class S>
 inline Vec<Accumulate<S>> load_some(const S* p, int64_t n, int64_t stride = 1) {
+  if constexpr (kMasks && std::is_same_v<S, Accumulate<S>>)
+    if (stride == 1) return load_first(p, n);
   S buffer[kLanes<Accumulate<S>>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
   return load(buffer);
@@ -183,6 +197,7 @@ inline Vec<Accumulate<S>> load_some(const S* p, int64_t n, int64_t stride = 1) {
 
 template <class S>
 inline void store_some(S* p, Vec<Accumulate<S>> v, int64_t n) {
+  if constexpr (kMasks && std::is_same_v<S, Accumulate<S>>) return store_first(p, v, n);
   S buffer[kLanes<Accumulate<S>>];
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];

@@ -65,28 +65,24 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, scale, shift, ctx.activation, _, *ctx.resampling = inputs
-    ctx.save_for_backward(input, scale, shift)
-    ctx.size = tuple(output.shape[-2:])
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
 
 
 def _backward(operator: Callable, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     operands = ctx.saved_tensors
-    mode, align_corners, *factors = ctx.resampling
-    no_grads = (None,) * (2 + len(ctx.resampling))
+    activation, size, mode, align_corners, scale_h, scale_w = ctx.options
     if torch.is_grad_enabled():
         function = partial(
             reference.affine_scale_transfer,
-            activation=ctx.activation,
-            size=ctx.size,
+            activation=activation,
+            size=size,
             mode=mode,
             align_corners=align_corners,
-            scale_factors=scale_of(*factors),
+            scale_factors=scale_of(scale_h, scale_w),
         )
-        grads = differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output,))
-        return *grads, *no_grads
-    found = operator(grad_output, *operands, ctx.activation, *ctx.resampling)
-    return *found, *no_grads
+        return tuple(differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output,)))
+    return operator(grad_output, *operands, activation, mode, align_corners, scale_h, scale_w)
 
 
 # No autocast rule: the map keeps its dtype, and the affine is float32 whatever the map's.

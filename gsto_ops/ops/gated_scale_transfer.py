@@ -97,37 +97,35 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, gate_weight, gate_bias, weight, bias, ctx.activation, _, *ctx.resampling = inputs
     # The input and the gate are all that the backward pass keeps; the parameters are alive anyway.
-    ctx.save_for_backward(input, output[1], gate_weight, gate_bias, weight, bias)
-    ctx.size = tuple(output[0].shape[-2:])
+    ctx.save_for_backward(output[1], *inputs[:5])
+    ctx.options = inputs[5:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     operator: Callable, ctx: Any, grad_output: Tensor | None, grad_gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    input, gate, gate_weight, gate_bias, weight, bias = ctx.saved_tensors
-    mode, align_corners, *scale = ctx.resampling
-    no_grads = (None,) * (2 + len(ctx.resampling))
     if grad_output is None and grad_gate is None:
-        return (None,) * 5 + no_grads
+        return (None,) * 5
+    gate, input, gate_weight, gate_bias, weight, bias = ctx.saved_tensors
+    activation, size, mode, align_corners, scale_h, scale_w = ctx.options
     if grad_output is None:
         channels = input.shape[1] if weight is None else weight.shape[0]
-        grad_output = input.new_zeros(()).expand(input.shape[0], channels, *ctx.size)
+        grad_output = input.new_zeros(()).expand(input.shape[0], channels, *size)
     if torch.is_grad_enabled():
         function = partial(
             reference.gated_scale_transfer,
-            activation=ctx.activation,
-            size=ctx.size,
+            activation=activation,
+            size=size,
             mode=mode,
             align_corners=align_corners,
-            scale_factors=scale_of(*scale),
+            scale_factors=scale_of(scale_h, scale_w),
         )
         operands = (input, gate_weight, gate_bias, weight, bias)
-        grads = differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output, grad_gate))
-        return *grads, *no_grads
-    found = operator(grad_output, grad_gate, input, gate, gate_weight, weight, bias, ctx.activation, *ctx.resampling)
+        return tuple(differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output, grad_gate)))
+    given = (grad_output, grad_gate, input, gate, gate_weight, weight, bias)
+    found = operator(*given, activation, mode, align_corners, scale_h, scale_w)
     grad_input, grad_gate_weight, grad_gate_bias, grad_weight, grad_bias = found
     return (
         grad_input,
@@ -135,7 +133,6 @@ def _backward(
         None if gate_bias is None else grad_gate_bias,
         None if weight is None else grad_weight,
         None if bias is None else grad_bias,
-        *no_grads,
     )
 
 

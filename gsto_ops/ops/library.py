@@ -66,8 +66,8 @@ def register(
     define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
-        gradients = partial(backward, getattr(packet, f"{name}_backward").default)
-        function = differentiable(library, getattr(packet, name).default, formula or kernel, setup_context, gradients)
+        overload, backward_overload = getattr(packet, name).default, getattr(packet, f"{name}_backward").default
+        function = differentiable(library, overload, formula or kernel, setup_context, backward, backward_overload)
         setattr(operators[namespace], name, function)
         if autocast:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

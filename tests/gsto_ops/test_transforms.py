@@ -193,7 +193,7 @@ def lists():
         ctx.save_for_backward(*maps, factor)
         ctx.other = other is not None
 
-    def backward(ctx, grad_twice, grad_total):
+    def backward(_, ctx, grad_twice, grad_total):
         *maps, factor = ctx.saved_tensors
         assert len(ctx.needs_input_grad[0]) == len(maps) == len(grad_twice)
         grads = [2 * g + factor * grad_total for g in grad_twice]
@@ -202,7 +202,7 @@ def lists():
     library.impl("scaled", formula, "CompositeExplicitAutograd")
     torch.library.register_fake("gsto_test::scaled", formula, lib=library)
     torch.library.register_vmap("gsto_test::scaled", lambda *a: vmap_rule(overload, ("maps", "other"), *a), lib=library)
-    call = differentiable(library, overload, formula, setup_context, backward)
+    call = differentiable(library, overload, formula, setup_context, backward, overload)
     yield SimpleNamespace(call=call, overload=overload, formula=formula)
     library._destroy()
 
@@ -238,3 +238,18 @@ def test_the_layout_survives_a_folded_vmap():
     x = torch.stack([o.x, -o.x]).flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 2))
     output = vmap(lambda x: gsto_ops.gated_scale_transfer(x, o.rho, size=6))(x)
     assert layout_of(output[1]) == torch.channels_last
+
+
+def test_compiled_autograd():
+    """The compiler sees the backward pass as Python, with the operators in it."""
+    x, scale, shift = (torch.randn(*shape, requires_grad=True) for shape in ((1, 4, 4, 4), (4,), (4,)))
+
+    def gradient():
+        output = gsto_ops.affine_scale_transfer(x, scale, shift, size=8)
+        output.square().sum().backward()
+        found, x.grad = x.grad, None
+        return found
+
+    expected = gradient()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        torch.testing.assert_close(gradient(), expected)
