@@ -19,20 +19,29 @@ test: $(INSTALLED)
 	$(BIN)/python -m gsto_ops
 	$(BIN)/python -m pytest
 
-# One call for a machine with an NVIDIA GPU and a CUDA toolkit, some minutes long: build, GPU tests, tables of operators and
-# networks in runs/bench/, and last a summary. It installs into the environment of GPU_PYTHON, whose torch is the one to measure,
-# and which has pytest, pytest-xdist, rich and matplotlib; nothing is downloaded. Tests run in several processes, because Triton
-# compiles a kernel for nearly each of them.
+# One call for a machine with an NVIDIA GPU and a CUDA toolkit, some minutes long: build for its GPU, GPU tests, tables of
+# operators and networks in runs/bench/, and last a summary. It installs into the environment of GPU_PYTHON, whose torch is the one
+# to measure, and which has pytest, pytest-xdist, rich and matplotlib; nothing is downloaded. Tests run in several processes,
+# because Triton compiles a kernel for nearly each of them. Without a GPU or a build it stops; of what follows nothing waits for
+# anything else: all parts run, and those that failed are named at the end.
 GPU_PYTHON ?= python3
 GPU_PROCESSES ?= 12
 gpu:
-	GSTO_BUILD_NATIVE=cuda $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -c "import matplotlib, numpy, pytest, rich, torch, xdist; torch.cuda.init()"
+	GSTO_BUILD_NATIVE=cuda \
+	TORCH_CUDA_ARCH_LIST="$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
+	  $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m gsto_ops
-	$(GPU_PYTHON) -m pytest -q -m gpu -n $(GPU_PROCESSES)
-	$(GPU_PYTHON) -m gsto_benchmarks bench ops --quick
-	$(GPU_PYTHON) -m gsto_benchmarks bench step
-	$(GPU_PYTHON) -m gsto_benchmarks bench infer --batch 1 --size 1024x2048
-	$(GPU_PYTHON) -m gsto_benchmarks bench summary
+	$(GPU_PYTHON) -c "import gsto_ops; gsto_ops.use_backend('triton'); gsto_ops.use_backend('cuda')"
+	@failed=""; \
+	part() { echo "== $$*"; $(GPU_PYTHON) -m "$$@" || failed="$$failed\n  $$*"; }; \
+	part pytest -q -m gpu -n $(GPU_PROCESSES); \
+	part gsto_benchmarks bench ops --quick; \
+	part gsto_benchmarks bench step; \
+	part gsto_benchmarks bench infer --batch 1 --size 1024x2048; \
+	part gsto_benchmarks bench summary; \
+	if [ -n "$$failed" ]; then printf "failed:$$failed\n"; exit 1; fi; \
+	echo "all parts passed"
 
 # The GPU sweep under compute-sanitizer; slow, so on one shape.
 gpu-sanitize:
