@@ -196,7 +196,8 @@ def test_autocast_on_the_gpu(backend, layout):
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("training", [True, False])
+# one of each: the compiler takes a minute for a network
+@pytest.mark.parametrize("backend, training", [("cuda", True), ("triton", False)], indirect=["backend"])
 def test_compiled_network_equals_eager(backend, training):
     torch.manual_seed(0)
     model = gsto_models.create_model("gsto_hrnet_w18_small_v2", num_classes=11).cuda().train(training)
