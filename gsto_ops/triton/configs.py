@@ -93,7 +93,7 @@ _SM_80 = {
     ("gate_pool", 2): Limits(128, 4096, 512, 1, 4, 1),
     ("gate_pool", 4): Limits(128, 4096, 512, 1, 4, 1),
     ("gate_pool_project", 2): Limits(64, 4096, 512, 64, 4, 1),
-    ("gate_pool_project", 4): Limits(64, 4096, 512, 32, 8, 1),
+    ("gate_pool_project", 4): Limits(64, 4096, 512, 16, 8, 1),
     ("gate_backward", 2): Limits(128, 8192, 512, 16, 8, 1),
     ("gate_backward", 4): Limits(128, 8192, 512, 16, 8, 1),
     ("project_backward", 2): Limits(64, 8192, 256, 32, 8, 2),

@@ -31,6 +31,12 @@ from .taps import (
 MAX_CHANNELS = 512  # of a pixel that gate_pool holds in registers
 
 
+def fits_gate_pool(input: Tensor, weight: Tensor | None) -> bool:
+    """Whether a pixel's channels fit the registers, together with 64-bit offsets or the operands of a product in float32."""
+    quarter = is_wide(input) or (weight is not None and input.element_size() == 4)
+    return input.shape[1] <= (MAX_CHANNELS // 4 if quarter else MAX_CHANNELS)
+
+
 # Traffic: x once (windows that overlap by a row or column read it again, from L1/L2), g and dest once. The map between pooling
 # and projection stays in registers.
 @triton.jit(do_not_specialize=["rows"])
@@ -114,7 +120,7 @@ def gate_pool(
     bias: Tensor | None = None,
     relu: bool = False,
 ) -> None:
-    """dest = W R act(g x) + bias (or R act(g x) without weight) and the gate, for at most MAX_CHANNELS channels."""
+    """dest = W R act(g x) + bias (or R act(g x) without weight) and the gate, for maps that fits_gate_pool()."""
     images, rows, cols = input.shape[0], r.rows, r.cols
     bias = None if bias is None else bias.contiguous()
     strides = [input.stride(), dest.stride()]
@@ -341,7 +347,8 @@ def gate_backward(
         rows[0],
         cols[0],
         precision=precision(),
-        tight=wide or (relu and weight is None),  # the mask of 8192 elements: 112 bytes per thread do not fit
+        # The mask of 8192 elements: 112 bytes per thread do not fit; nor do 56 of float32 taps with aligned corners.
+        tight=wide or (weight is None and (relu or (r.align_corners and input.element_size() == 4))),
     )
 
     def run(config: configs.Config) -> Tensor:

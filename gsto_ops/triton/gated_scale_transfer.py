@@ -13,8 +13,8 @@ are fewer pixels. Passes over maps, forward:
 import torch
 from torch import Tensor
 
-from .gate import MAX_CHANNELS, gate_backward, gate_pool
-from .launch import Resampling, identity, images_per_chunk, is_wide, new_map, resampling
+from .gate import fits_gate_pool, gate_backward, gate_pool
+from .launch import Resampling, identity, images_per_chunk, new_map, resampling
 from .product import Gradient, gates, project, weight_gradient
 from .pyramid import pool, windows_of
 from .resample import resample, resample_transposed
@@ -47,8 +47,7 @@ def forward(
         return output, gate
     pools = (r.mode == "avg" and r.shrinks) or r.identity
     large = r.shrinks and r.rows[4] * r.cols[4] >= LARGE_WINDOW
-    # 64-bit offsets and 256 channels of a pixel do not fit the registers together.
-    if pools and not large and channels <= (MAX_CHANNELS // 4 if is_wide(input) else MAX_CHANNELS):
+    if pools and not large and fits_gate_pool(input, weight):
         gate_pool(r, input, rho, gate_bias, gate, output, weight=weight, bias=bias, relu=relu)
         return output, gate
     step = images_per_chunk(batch, channels * height * width * input.element_size())

@@ -185,9 +185,12 @@ def pool(input: Tensor, gate: Tensor, windows: Tensor, dest: Tensor) -> None:
     """
     images, channels, height, width = input.shape
     bins = dest.shape[2]
+    wide = is_wide(input, gate) or bins * channels >= 2**31
     problem = configs.Problem(
         "pool", input.dtype, is_last(input), channels, bins, images, height, width, precision=precision()
     )
+    # Of float32 with 64-bit offsets one stage: those of three take 1,344 bytes per thread more than there are.
+    one_stage = wide and input.element_size() == 4
 
     def run(config: configs.Config) -> Tensor:
         blocks = images * ceil_div(bins, config.out_channels) * ceil_div(channels, config.channels)
@@ -214,12 +217,12 @@ def pool(input: Tensor, gate: Tensor, windows: Tensor, dest: Tensor) -> None:
             FLAT=input.stride(2) == width * input.stride(3),
             PRECISION=problem.precision,
             LAST=problem.channels_last,
-            WIDE=is_wide(input, gate) or bins * channels >= 2**31,
+            WIDE=wide,
             BLOCK_P=config.width,
             BLOCK_B=config.out_channels,
             BLOCK_C=config.channels,
             num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_stages=1 if one_stage else config.num_stages,
         )
         return sums
 

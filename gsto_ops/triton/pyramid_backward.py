@@ -169,15 +169,15 @@ def pyramid_backward(
     images, channels, height, width = input.shape
     bins = grad_pooled.shape[2]
     dlogits = torch.empty(gate.shape, dtype=torch.float32, device=input.device)
-    problem = configs.Problem(
-        "pyramid_logits", input.dtype, is_last(input), channels, bins, images, height, width, precision=precision()
-    )
+    wide = is_wide(input, gate)
+    sizes = (channels, bins, images, height, width)
+    problem = configs.Problem("pyramid_logits", input.dtype, is_last(input), *sizes, precision=precision(), tight=wide)
     windows = windows_of(levels, height, width, input.device)
     common = {
         "LEVELS": len(levels),
         "PRECISION": problem.precision,
         "LAST": problem.channels_last,
-        "WIDE": is_wide(input, gate),
+        "WIDE": wide,
     }
 
     def logits(config: configs.Config) -> Tensor:
