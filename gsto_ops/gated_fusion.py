@@ -313,11 +313,12 @@ def _logit_statistics(x: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d]
         var, mean = checkpoint(_moments, x, weight, dtype, use_reentrant=False, preserve_rng_state=False)
     else:
         var, mean = _moments(x, weight, dtype)
-    pixels: Any = x.shape[0] * x.shape[2] * x.shape[3]
+    pixels, counts = x.shape[0] * x.shape[2] * x.shape[3], None
     group = process_group(norms[0])
     if group is not None:
         (mean,), (var,), counts = over_processes([mean], [var], [pixels], group)
-        pixels = counts[0]
+        counts = counts.expand(len(norms))
     with torch.no_grad():
-        update_running_statistics(norms, mean.split(1), var.split(1), [pixels] * len(norms))
+        operators = _operators("gated_split", x)
+        update_running_statistics(operators, norms, mean.split(1), var.split(1), [pixels] * len(norms), counts)
     return mean, var

@@ -123,8 +123,9 @@ def gated_norm_transfer(
     output, mean, var = gated_batch_norm_transfer(
         input, *gate, projection.weight, norm.weight, norm.bias, eps=norm.eps, activation=activation, **transfer
     )
+    operators = _operators("gated_batch_norm_transfer", input)
     with torch.no_grad():
-        update_running_statistics([norm], [mean], [var], [input.numel() // input.shape[1]])
+        update_running_statistics(operators, [norm], [mean], [var], [input.numel() // input.shape[1]])
     return output
 
 

@@ -17,7 +17,7 @@ NAMES = (
     "batch_norm_sum",
 )
 operators = [name + suffix for name in NAMES for suffix in ("", "_backward")]
-operators += ["batch_norm_sum_backward_terms", "channel_statistics"]
+operators += ["batch_norm_sum_backward_terms", "channel_statistics", "update_running_statistics_"]
 # Made of gated_projection and affine_scale_transfer where it has no kernel of its own.
 composed = {"gated_batch_norm_transfer": "CUDA", "gated_batch_norm_transfer_backward": "CUDA"}
 operators += composed

@@ -150,8 +150,8 @@ def run_pyramids(domain: Domain, x: torch.Tensor) -> None:
 
 
 def run_sums(domain: Domain, x: torch.Tensor) -> None:
-    """batch_norm_sum and channel_statistics: norms or none, an input, a gate, batch statistics of one process or several."""
-    from gsto_ops.triton import batch_norm_sum, channel_statistics
+    """batch_norm_sum and its statistics: norms or none, an input, a gate, batch statistics of one process or several."""
+    from gsto_ops.triton import batch_norm_sum, channel_statistics, update_running_statistics
 
     batch, c, *hw = x.shape
     last = x.stride(1) == 1 and c > 1
@@ -162,6 +162,9 @@ def run_sums(domain: Domain, x: torch.Tensor) -> None:
             continue
         terms = [map_of(batch, c, *scaled(hw, 1, f), dtype=x.dtype, last=last) for f in factors]
         norms, eps = [[mean] * len(terms)] * 4, [1e-5] * len(terms)
+        batches, pixels = [torch.empty((), dtype=torch.int64, device="meta") for _ in terms], [batch] * len(terms)
+        for counts, momentum in product(([], [mean[0]] * len(terms)), (0.1, None)):
+            update_running_statistics.forward(*norms[:2], batches, *norms[:2], pixels, counts, momentum)
         for first in ((None, None), (x, None), (x, gate)):
             if first[0] is None and factors[0] != 1:
                 continue

@@ -40,14 +40,28 @@ int alignment_of(const std::vector<const void*>& maps) {
 
 void set_tf32_policy(bool (*allowed)()) { tf32_allowed = allowed; }
 
-Call::Call(const char* name, const Tensor& given)
-    : op(name),
-      input(given)
-#if !defined(GSTO_EMULATE_CUDA)
-      ,
-      guard_(given.get_device_index())
+#if defined(GSTO_EMULATE_CUDA)
+OnDevice::OnDevice(const Tensor&) {}
+#else
+OnDevice::OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+  stream = static_cast<cudaStream_t>(current);
+}
 #endif
-{
+
+void check_launch(const char* op, const Tensor& input, cudaError_t error) {
+  if (error == cudaSuccess) return;
+#if defined(GSTO_EMULATE_CUDA)
+  const char* message = emulator::last_error();
+#else
+  const char* message = cudaGetErrorString(error);
+#endif
+  STD_TORCH_CHECK(false, "gsto_ops::", op, ": the launch of a kernel failed for input of shape ", shape_of(input), ": ",
+                  message);
+}
+
+Call::Call(const char* name, const Tensor& given) : OnDevice(given), op(name), input(given) {
   check_map(op, given);
   STD_TORCH_CHECK(given.size(1) < (int64_t{1} << 24) && given.size(2) * given.size(3) < (int64_t{1} << 31) - 64,
                   "gsto_ops::", op,
@@ -64,12 +78,6 @@ Call::Call(const char* name, const Tensor& given)
   element_size = static_cast<int>(given.element_size());
   input = dense(given);
   sms = multiprocessors(given.get_device_index());
-  stream = nullptr;
-#if !defined(GSTO_EMULATE_CUDA)
-  void* current = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(given.get_device_index(), &current));
-  stream = static_cast<cudaStream_t>(current);
-#endif
 }
 
 void Call::check(const char* name, const OptionalTensor& tensor, Sizes shape, bool is_float32) const {
@@ -106,17 +114,6 @@ Tensor Call::new_tensor(Sizes shape) const { return fresh(allocate(op, input, sh
 
 Tensor Call::new_floats(Sizes shape) const {
   return fresh(allocate(op, input, shape, torch::headeronly::ScalarType::Float));
-}
-
-void Call::launched(cudaError_t error) const {
-  if (error == cudaSuccess) return;
-#if defined(GSTO_EMULATE_CUDA)
-  const char* message = emulator::last_error();
-#else
-  const char* message = cudaGetErrorString(error);
-#endif
-  STD_TORCH_CHECK(false, "gsto_ops::", op, ": the launch of a kernel failed for input of shape ", shape_of(input), ": ",
-                  message);
 }
 
 void Call::project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Gate& gate, bool relu,

@@ -30,8 +30,24 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 // torch's own setting. Never, until it is set.
 void set_tf32_policy(bool (*allowed)());
 
+// The device of a tensor, which is the current one as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor);
+
+  cudaStream_t stream = nullptr;
+
+ private:
+#if !defined(GSTO_EMULATE_CUDA)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// Throws unless it is cudaSuccess.
+void check_launch(const char* op, const Tensor& input, cudaError_t error);
+
 // One call of an operator: its name, its input, and what follows from the input.
-class Call {
+class Call : public OnDevice {
  public:
   Call(const char* op, const Tensor& input);
 
@@ -41,7 +57,6 @@ class Call {
   int64_t batch, pixels;
   int channels, height, width;
   int element_size, sms;
-  cudaStream_t stream;
 
   // Throws unless the tensor has the shape, and the input's dtype and device.
   void check(const char* name, const OptionalTensor& tensor, Sizes shape, bool is_float32 = false) const;
@@ -53,9 +68,9 @@ class Call {
   // How a pass over maps of the input's shape, of so many images, goes: with sums, every block leaves partial results.
   StripPlan plan_strips_of(int64_t images, const std::vector<const void*>& maps, bool has_sums) const;
   Tensor new_map(int64_t channels, int64_t height, int64_t width, int64_t images = -1) const;  // in the input's format
-  Tensor new_tensor(Sizes shape) const;    // contiguous, of the input's dtype
-  Tensor new_floats(Sizes shape) const;    // contiguous float32: results and workspaces
-  void launched(cudaError_t error) const;  // throws unless it is cudaSuccess
+  Tensor new_tensor(Sizes shape) const;  // contiguous, of the input's dtype
+  Tensor new_floats(Sizes shape) const;  // contiguous float32: results and workspaces
+  void launched(cudaError_t error) const { check_launch(op, input, error); }
 
   // z = act(W (g x) + bias) of a (N, C, H, W) map, with the gate made (gate_weight), given (gate alone) or absent.
   struct Gate {
@@ -101,10 +116,6 @@ class Call {
  private:
   ProjectBackwardParams product_backward(const Gradient& dz, const Tensor& weight, int64_t per_image,
                                          const Tensor& du) const;
-  torch::stable::accelerator::DeviceIndex device_index() const;
-#if !defined(GSTO_EMULATE_CUDA)
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
 };
 
 bool is_channels_last(const Tensor& map);

@@ -289,6 +289,16 @@ struct BatchNormSumTermsParams : StripParams {
 };
 cudaError_t launch_batch_norm_sum_terms(const BatchNormSumTermsParams& params, cudaStream_t stream);
 
+// running = (1 - momentum) running + momentum batch for the mean and the unbiased variance of every norm, and one batch
+// more; cumulative: 1 / batches for the momentum. No two norms have the same buffers.
+struct UpdateRunningStatisticsParams {
+  int norms;
+  RunningStatistics norm[kMaxTerms];
+  bool cumulative;
+  double momentum;
+};
+cudaError_t launch_update_running_statistics(const UpdateRunningStatisticsParams& params, cudaStream_t stream);
+
 // Phase one sums g_k x over the pyramid's tiles, reading x once; phase two adds up the tiles of each window.
 struct PyramidParams {
   Format format;

@@ -9,6 +9,7 @@ from . import (
     gated_pyramid_pool,
     gated_scale_transfer,
     gated_split,
+    update_running_statistics,
     upsample_cross_entropy,
 )
 from .library import autocast_operands, layout_of
@@ -24,5 +25,6 @@ __all__ = [
     "gated_scale_transfer",
     "gated_split",
     "layout_of",
+    "update_running_statistics",
     "upsample_cross_entropy",
 ]

@@ -14,13 +14,20 @@ def vmap_rule(overload: torch._ops.OpOverload, maps: Sequence[str], info: Any, i
 
     ``maps`` names the arguments (N, ...) of which every image makes the same image of all results: where nothing else is mapped,
     the mapped dimension and N become one batch. Gradients of weights and batch statistics are sums over one call's images,
-    so operators with such results, and mapped weights, take one call per element.
+    so operators with such results, and mapped weights, take one call per element. What an operator writes to has to be mapped.
     """
-    names = [argument.name for argument in overload._schema.arguments[: len(args)]]  # left out at the end: its default
+    arguments = overload._schema.arguments[: len(args)]  # left out at the end: its default
+    names = [argument.name for argument in arguments]
     size = info.batch_size
     mapped = [name for name, dims in zip(names, in_dims, strict=True) if _is_mapped(dims)]
     if size == 0:
         raise ValueError(f"vmap of {overload} over {', '.join(mapped)} needs at least one element, got none")
+    for argument, dims in zip(arguments, in_dims, strict=True):
+        if argument.is_write and None in (dims if isinstance(dims, (list, tuple)) else [dims]):
+            raise RuntimeError(
+                f"vmap: {overload} cannot write to {argument.name} unless it is mapped, as {', '.join(mapped)} are: give every "
+                "element its own (torch.func.stack_module_state)"
+            )
     if set(mapped) <= set(maps):
         folded = [
             _each(_fold, value, dims, size) if name in maps else value
@@ -64,7 +71,9 @@ def _pick(value: Tensor, dim: int | None, element: int) -> Tensor:
 
 
 def _stack(elements: Sequence[Any]) -> Any:
-    """Tensors stacked; of lists and tuples of tensors, the same with every entry stacked."""
+    """Tensors stacked; of lists and tuples of tensors, the same with every entry stacked. No results: none."""
+    if elements[0] is None:
+        return None
     if isinstance(elements[0], Tensor):
         return torch.stack(list(elements))
     return type(elements[0])(_stack(parts) for parts in zip(*elements, strict=True))

@@ -14,6 +14,7 @@ from .gated_scale_transfer import gated_scale_transfer, gated_scale_transfer_bac
 from .gated_split import gated_split, gated_split_backward
 from .parts import statistics_dtype
 from .scale_transfer import adaptive_pool, scale_transfer, scale_transfer_backward
+from .update_running_statistics import update_running_statistics_
 from .upsample_cross_entropy import upsample_cross_entropy, upsample_cross_entropy_backward
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "scale_transfer_backward",
     "statistics_dtype",
     "supervised_gated_scale_transfer",
+    "update_running_statistics_",
     "upsample_cross_entropy",
     "upsample_cross_entropy_backward",
 ]

@@ -39,16 +39,22 @@ def moved(value, device):
 DEVICES = ["emulated", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(scope="session", params=DEVICES)
-def cuda_operators(request, tmp_path_factory):
-    """The CUDA operators for CPU tensors: by the emulator, and on a GPU where there is one."""
-    if request.param == "gpu":
-        importlib.import_module("gsto_ops._CUDA")
-        return OnGpu()
+@pytest.fixture(scope="session")
+def emulated_operators(request, tmp_path_factory):
+    """The CUDA operators for CPU tensors by the emulator."""
     if emulated.compiler() is None:
         pytest.skip("no C++ compiler")
     cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
     return emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def cuda_operators(request):
+    """The CUDA operators for CPU tensors: by the emulator, and on a GPU where there is one."""
+    if request.param == "gpu":
+        importlib.import_module("gsto_ops._CUDA")
+        return OnGpu()
+    return request.getfixturevalue("emulated_operators")
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gsto_ops.ops import batch_norm_sum, gated_split
+from gsto_ops.ops import batch_norm_sum, gated_split, update_running_statistics
 
 CSRC = Path(__file__).parents[2] / "csrc"
 RESAMPLING = "str mode, bool align_corners, float? scale_h, float? scale_w"
@@ -38,6 +38,7 @@ SCHEMAS = (
     f"batch_norm_sum{batch_norm_sum.SCHEMA}",
     f"batch_norm_sum_backward{batch_norm_sum.BACKWARD_SCHEMA}",
     f"batch_norm_sum_backward_terms{batch_norm_sum.BACKWARD_TERMS_SCHEMA}",
+    f"update_running_statistics_{update_running_statistics.SCHEMA}",
     "set_allow_tf32(bool allow) -> ()",
 )
 

@@ -287,6 +287,26 @@ def sweep_carriers(last):
     compare_carriers(gsto_ops.ops.library.operators["gsto_triton"], last)
 
 
+@pytest.mark.parametrize("counts", [[], [2000.0, 5.0, 60.0]], ids=["pixels", "counts"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def sweep_update_running_statistics(dtype, momentum, counts):
+    """Buffers of any dtype; of 264 channels, of strided ones and of a norm that is there twice."""
+    torch.manual_seed(0)
+    channels = (264, 7, 7)
+    mean, var = ([f(c) for c in channels] for f in (torch.randn, torch.rand))
+    running = [[f(c).to(dtype) for c in channels[:2]] for f in (torch.randn, torch.rand)]
+    running[0][1] = torch.cat([running[0][1]] * 2).view(2, 7).t()[:, 0]
+    buffers = [[*r, r[1]] for r in (*running, [torch.tensor(3), torch.tensor(4)])]
+    others = [[*r, r[1]] for r in ([t.clone() for t in each[:2]] for each in buffers)]
+    rest = (mean, var, [1000, 2, 30], [torch.tensor(n) for n in counts], momentum)
+    OPS.update_running_statistics_(*buffers, *rest)
+    reference.update_running_statistics_(*others, *rest)
+    tiny = TINY.get(dtype, 1e-6)
+    torch.testing.assert_close(buffers, others, rtol=tiny, atol=tiny)
+    assert [int(n) for n in buffers[2]] == [4, 6, 6]
+
+
 def everything(x, gate, same, small, dy):
     """All operators, forward and backward, as one list of results."""
     vectors = [torch.linspace(low, 1.5, x.shape[1]) for low in (-1, 0.5, 1, -2)]

@@ -26,7 +26,13 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     kernels = ("project", "gate_pool", "gate_backward", "pool", "resample", "channel_statistics", "batch_norm_sum")
-    kernels += ("batch_norm_sum_backward", "batch_norm_sum_backward_terms", "gated_split", "gated_split_backward")
+    kernels += (
+        "update_running_statistics",
+        "batch_norm_sum_backward",
+        "batch_norm_sum_backward_terms",
+        "gated_split",
+        "gated_split_backward",
+    )
     compiled = {(words[4], words[0]) for words in map(str.split, done.stdout.splitlines()) if len(words) > 4}
     for kernel in (f"{name}_kernel" for name in kernels):
         for architecture in ("80", "90"):
