@@ -242,15 +242,21 @@ def update_running_statistics(
     rows: dict[float | None, list[tuple[Any, ...]]] = {}
     for k, norm in enumerate(norms):
         buffers = norm._buffers  # as attributes of the module they take 0.4 us each
-        running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        if norm.training and norm.track_running_stats and running[0] is not None:
-            row = (*running, mean[k], var[k], pixels[k])
-            rows.setdefault(norm.momentum, []).append(row if numbers is None else (*row, numbers[k]))
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        batches = buffers["num_batches_tracked"]
+        if not norm.training or not norm.track_running_stats:
+            continue
+        if running_mean is None or running_var is None or batches is None:
+            continue
+        row = (running_mean, running_var, batches, mean[k], var[k], pixels[k])
+        rows.setdefault(norm.momentum, []).append(row if numbers is None else (*row, numbers[k]))
     if operators is None or torch.jit.is_tracing():  # where sizes are tensors
         operators = reference
     for momentum, chosen in rows.items():
         columns = [list(column) for column in zip(*chosen, strict=True)]
-        operators.update_running_statistics_(*columns, *([[]] if numbers is None else []), momentum)
+        if numbers is None:
+            columns.append([])
+        operators.update_running_statistics_(*columns, momentum)
 
 
 def _plain_norm_sum(

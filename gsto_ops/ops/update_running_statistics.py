@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import reference
+from .autograd import dispatch
 from .library import define, libraries, operators
 
 SCHEMA = (
@@ -49,7 +50,7 @@ def _call(overload: torch._ops.OpOverload, *operands: Any) -> None:
         return
     _count_versions(operands)
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        overload._op(*operands)
+        dispatch(overload._handle, *operands)
 
 
 for namespace, library in libraries.items():
