@@ -30,8 +30,8 @@ def differentiable(
     ``formula`` is the operator in plain PyTorch: what runs under forward-mode differentiation.
     ``setup_context(ctx, inputs, output)`` and ``backward(operator, ctx, *grads)``, where ``operator`` is ``backward_overload``
     or does the same, see arguments and results as the schema has them: a list of tensors is a list, in
-    ``ctx.needs_input_grad`` and in what ``backward`` returns too. It may return less: nothing behind the last argument that
-    is a tensor is used.
+    ``ctx.needs_input_grad`` and in what ``backward`` returns too: the gradients of the arguments up to the last tensor. An
+    operator with lists may return more of them, which are not used.
     """
     schema = overload._schema
     tensors = 1 + max(i for i, argument in enumerate(schema.arguments) if "Tensor" in str(argument.type))
@@ -71,7 +71,7 @@ def differentiable(
         return flat_output
 
     def gradients(operator: Callable) -> Callable:
-        return lambda ctx, *grads: (*backward(operator, ctx, *grads)[:tensors], None)
+        return lambda ctx, *grads: (*backward(operator, ctx, *grads), None)
 
     def differentiate_lists(ctx: Any, *grads: Any) -> Any:
         if out_lists:

@@ -92,9 +92,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(operator: Callable, ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    no_grads = (None,) * (3 + len(ctx.resampling))
     if grad_output is None:
-        return (None,) * 6 + no_grads
+        return (None,) * 6
     *saved, gate_bias = ctx.saved_tensors
     if torch.is_grad_enabled():
         mode, align_corners, *scale = ctx.resampling
@@ -102,11 +101,11 @@ def _backward(operator: Callable, ctx: Any, grad_output: Tensor | None, *_: None
         input, gate_weight, weight, norm_weight, norm_bias = saved[:5]
         operands = (input, gate_weight, gate_bias, weight, norm_weight, norm_bias)
         function = partial(_output, arguments)
-        return *differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output,)), *no_grads
+        return tuple(differentiable_backward(function, operands, ctx.needs_input_grad, (grad_output,)))
     found = operator(grad_output, *saved, ctx.eps, ctx.activation, *ctx.resampling)
     if gate_bias is None:
         found = (*found[:2], None, *found[3:])
-    return *found, *no_grads
+    return found
 
 
 def _output(arguments: tuple[Any, ...], *operands: Any) -> Tensor:

@@ -67,17 +67,16 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     input, gate, gate_weight, gate_bias = ctx.saved_tensors
     if grad_pooled is None and grad_gate is None:
-        return (None,) * 4
+        return (None,) * 3
     if torch.is_grad_enabled():
         function = partial(reference.gated_pyramid_pool, bins=ctx.bins)
         operands = (input, gate_weight, gate_bias)
-        grads = differentiable_backward(function, operands, ctx.needs_input_grad, (grad_pooled, grad_gate))
-        return *grads, None
+        return tuple(differentiable_backward(function, operands, ctx.needs_input_grad, (grad_pooled, grad_gate)))
     if grad_pooled is None:
         cells = sum(b * b for b in ctx.bins)
         grad_pooled = input.new_zeros(()).expand(*input.shape[:2], cells)
     grad_input, grad_gate_weight, grad_gate_bias = operator(grad_pooled, grad_gate, input, gate, gate_weight, ctx.bins)
-    return grad_input, grad_gate_weight, None if gate_bias is None else grad_gate_bias, None
+    return grad_input, grad_gate_weight, None if gate_bias is None else grad_gate_bias
 
 
 register(

@@ -75,13 +75,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(operator: Callable, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     input, target, weight, logsumexp, mass = ctx.saved_tensors
-    no_grads = (None,) * 5
     if grad_loss is None:
-        return None, *no_grads
+        return None, None, None
     if torch.is_grad_enabled():
         loss_of = lambda x: reference.upsample_cross_entropy(x, target, weight, *ctx.options)[0]  # noqa: E731
-        return *differentiable_backward(loss_of, (input,), ctx.needs_input_grad, (grad_loss,)), *no_grads
-    return operator(grad_loss, input, target, weight, logsumexp, mass, *ctx.options), *no_grads
+        return *differentiable_backward(loss_of, (input,), ctx.needs_input_grad, (grad_loss,)), None, None
+    return operator(grad_loss, input, target, weight, logsumexp, mass, *ctx.options), None, None
 
 
 # No autocast rule: the loss is float32 whatever the logits' dtype, and the logits are never written at full resolution.
