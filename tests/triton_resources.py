@@ -63,7 +63,7 @@ class OfflineDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # what is compiled for one is kept for it, and not taken for another architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -138,6 +138,8 @@ def compile_all(job: Job, results: Path | None) -> list[Kernel]:
 
 def compiled(launch: Launch, architecture: int) -> Kernel:
     machine = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants)
+    if machine.metadata.target.arch != architecture:
+        raise RuntimeError(f"{launch.key}: compiled for sm_{machine.metadata.target.arch}, not sm_{architecture}")
     used = usage(machine.asm["cubin"])
     return Kernel(launch.key, architecture, used["REG"], machine.metadata.shared, used["STACK"] + used["LOCAL"])
 

@@ -39,6 +39,41 @@ def test_kernels_compile_ahead_of_time(tmp_path):
             assert (kernel, architecture) in compiled
 
 
+def run_beside_the_scripts(code, *arguments):
+    """What a program that imports the scripts in tests/ prints, in Triton without its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+TWO_ARCHITECTURES = """
+import torch, triton
+from triton_resources import OfflineDriver, compiled
+from triton_sweep import QUICK, launches
+for architecture in (80, 90):
+    triton.runtime.driver.set_active(OfflineDriver(architecture))
+    kernel = next(each for each in launches(architecture, torch.bfloat16, QUICK) if each.name == "sum_rows_kernel")
+    print(compiled(kernel, architecture).architecture)
+"""
+
+
+def test_one_process_compiles_for_each_architecture(tmp_path, monkeypatch):
+    """Not for the first alone, whose kernels Triton keeps: ``compiled`` looks at what it has been given."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert run_beside_the_scripts(TWO_ARCHITECTURES).split() == ["80", "90"]
+
+
 LAUNCHES = """
 import json, sys
 from dataclasses import replace
@@ -54,20 +89,7 @@ print(json.dumps([[each.name, each.constants, each.args[4] is not None] for each
 @pytest.mark.parametrize("dtype, most_channels", [("float32", 128), ("bfloat16", 512)])
 def test_tiles_that_spilled_are_not_chosen(dtype, most_channels):
     """Of float32: pooling with a product of over 128 channels, aligned taps of 8,192 elements, 64-bit offsets in full tiles."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES, dtype],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = json.loads(run_beside_the_scripts(LAUNCHES, dtype))
 
     def tiles(kernel, **flags):
         return [c for name, c, _ in found if name == f"{kernel}_kernel" and all(c[k] == v for k, v in flags.items())]
