@@ -99,7 +99,8 @@ struct AffineScaleTransfer {
   template <bool kRelu>
   void forward_run() const {
     resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
-                   [&](int64_t n, int64_t h, int64_t w, int64_t, A*) {
+                   [&](int64_t n, int64_t h, int64_t w, int64_t count, A*) {
+                     if (h + 1 < p.in_height) prefetch_pixels<S>(p.input, p.channels, n, h + 1, w, count);
                      return AffineRun<kRelu>({pixel<S>(p.input, n, h, w), p.input.stride_w}, *this);
                    });
   }

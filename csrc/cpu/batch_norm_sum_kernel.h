@@ -88,6 +88,7 @@ struct BatchNormSum {
   // The patterns of a group.
   const A* scale_of(int64_t k, int64_t group) const { return patterns.data() + 2 * k * pattern + group * lines.period; }
   const A* mean_of(int64_t k, int64_t group) const { return scale_of(k, group) + pattern; }
+  const A* shift_of(int64_t group) const { return scale_of(p.term_count, group); }
 
   // The input's line times its gate.
   void gate_line(int64_t n, int64_t h, const S* from, A* to) const {
@@ -139,7 +140,7 @@ struct BatchNormSum {
           }
           const S* input = p.input.data ? lines.line(p.input, n, group, h) : nullptr;
           S* output = lines.line(p.output, n, group, h);
-          const A* shift = patterns.data() + 2 * p.term_count * pattern + group * lines.period;
+          const A* shift = shift_of(group);
           if (p.gate.data) {
             gate_line(n, h, input, gated.data());
             sum_line(gated.data(), same, mixed, shift, output);
@@ -211,9 +212,8 @@ struct BatchNormSum {
   }
 
   // The gradient d of y where the ReLU behind a single norm let t through; the sum is forward's.
-  Vec<A> under_relu(int64_t group, int64_t j, Vec<A> t, Vec<A> d) const {
-    const A* shift = patterns.data() + 2 * p.term_count * pattern + group * lines.period;
-    return load(shift + j) + load(scale_of(0, group) + j) * t > 0 ? d : Vec<A>{};
+  static Vec<A> under_relu(const A* scale, const A* shift, Vec<A> t, Vec<A> d) {
+    return load(shift) + load(scale) * t > 0 ? d : Vec<A>{};
   }
 
   void gradient_line(int64_t n, int64_t group, int64_t h, A* sums, A* values) const {
@@ -233,9 +233,10 @@ struct BatchNormSum {
       const S* term = lines.line(p.terms[0].map, n, group, h);
       const A* mean = mean_of(0, group);
       if (p.masked_by_term) {
+        const A *scale = scale_of(0, group), *shift = shift_of(group);
         return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
           const Vec<A> t = load_valid(term + i, valid);
-          const Vec<A> d = under_relu(group, j, t, load_valid(grad + i, valid));
+          const Vec<A> d = under_relu(scale + j, shift + j, t, load_valid(grad + i, valid));
           sum[0] += d;
           sum[1] += d * (t - load(mean + j));
         });
@@ -322,10 +323,12 @@ struct BatchNormSum {
     lines.fill(slope.data(), [&](int64_t c) {
       return p.statistics ? sums[p.sums_row * p.channels + c] * inverse_deviation(term, c) / count : A(0);
     });
+    const bool statistics = p.statistics, masked = p.masked_by_term;
     parallel_for(call, lines.tasks(), [&](int64_t begin, int64_t end) {
       lines.visit(begin, end, [&](int64_t n, int64_t group, int64_t first, int64_t last) {
         const A* scale = scale_of(0, group);
         const A* mean = mean_of(0, group);
+        const A* open = shift_of(group);
         const A* shift = offset.data() + group * lines.period;
         const A* factor = slope.data() + group * lines.period;
         for (int64_t h = first; h < last; ++h) {
@@ -334,10 +337,10 @@ struct BatchNormSum {
           S* to = lines.line(term.grad, n, group, h);
           lines.vectors([&](int64_t i, int64_t j, int64_t valid) {
             Vec<A> d = load_valid(grad + i, valid);
-            if (p.statistics || p.masked_by_term) {
+            if (statistics || masked) {
               const Vec<A> t = load_valid(map + i, valid);
-              if (p.masked_by_term) d = under_relu(group, j, t, d);
-              if (p.statistics) d -= load(shift + j) + load(factor + j) * (t - load(mean + j));
+              if (masked) d = under_relu(scale + j, open + j, t, d);
+              if (statistics) d -= load(shift + j) + load(factor + j) * (t - load(mean + j));
             }
             store_valid(to + i, load(scale + j) * d, valid);
           });

@@ -104,7 +104,8 @@ inline void combine_vectors(const A* weights, int64_t taps, const Channels& chan
 // to = sum_t weights[t] * from[t * step] for runs of `size` values: whole vectors, unless kExact. The last vector of an
 // exact run overlaps the one before it.
 template <bool kExact, class A, class To>
-inline void combine(const A* weights, int64_t taps, const A* from, int64_t step, int64_t size, To* to) {
+inline void combine(const A* weights, int64_t taps, const A* from, int64_t step, int64_t size, To* to,
+                    int64_t ahead = 0) {
   constexpr int64_t lanes = kLanes<A>;
   const auto make = [=](int64_t c, auto vectors, To* at) {
     constexpr int count = decltype(vectors)::value;
@@ -114,7 +115,10 @@ inline void combine(const A* weights, int64_t taps, const A* from, int64_t step,
   };
   if (taps == 2) {  // bilinear
     const A w0 = weights[0], w1 = weights[1];
-    for (int64_t c = 0; c + lanes <= size; c += lanes) store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
+    for (int64_t c = 0; c + lanes <= size; c += lanes) {
+      __builtin_prefetch(to + c + ahead, 1);
+      store(to + c, w0 * load(from + c) + w1 * load(from + step + c));
+    }
   } else {
     for_vectors<A>(size, [=](int64_t c, auto vectors) { make(c, vectors, to + c); });
   }
@@ -159,12 +163,12 @@ class BlockResampler {
         resample_columns(block, as_run(source(filled)), window_.data() + (filled - base) * size);
       }
       const A* first = window_.data() + (start - base) * size;
-      consume(o, [&](auto* to) {
+      consume(o, [&](auto* to, int64_t ahead = 0) {
         const A* weights = rows_.template weights<A>(o);
         if (step_ == row_) {
-          combine<false>(weights, taps, first, size, size, to);
+          combine<false>(weights, taps, first, size, size, to, ahead);
         } else {
-          combine<true>(weights, taps, first, size, size, to);
+          combine<true>(weights, taps, first, size, size, to, ahead);
         }
       });
     }
@@ -269,7 +273,7 @@ inline void resample_to(const Call& call, int64_t batch, const AxisView& rows, c
     for (int64_t task = begin; task < end; ++task) {
       resample_block(blocks, blocks.block(task), resampler, buffer.data(), source,
                      [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
-                       if (dense) return make(mutable_pixel<S>(to, n, h, w));
+                       if (dense) return make(mutable_pixel<S>(to, n, h, w), h + 1 < rows.out ? to.stride_h : 0);
                        make(tile.data());
                        store_pixels<S>(to, channels, n, h, w, count, tile.data());
                      });

@@ -117,10 +117,15 @@ struct Lines {
   // Calls f(first value, its place in the period, valid values) for the vectors of a line.
   template <class F>
   void vectors(const F& f) const {
+    const int64_t end = size, step = period;  // in registers, whatever f writes
     int64_t i = 0;
-    for (; i + period <= size; i += period)
-      for (int64_t j = 0; j < period; j += lanes) f(i + j, j, lanes);
-    for (int64_t j = 0; i + j < size; j += lanes) f(i + j, j, least(lanes, size - i - j));
+    if (step == lanes) {
+      for (; i + lanes <= end; i += lanes) f(i, 0, lanes);
+    } else {
+      for (; i + step <= end; i += step)
+        for (int64_t j = 0; j < step; j += lanes) f(i + j, j, lanes);
+    }
+    for (int64_t j = 0; i + j < end; j += lanes) f(i + j, j, least(lanes, end - i - j));
   }
 
   // Adds to kSums patterns, `row` values apart: f(first value, its place, valid values, sums) returns nothing and adds
