@@ -300,6 +300,22 @@ def test_every_element_is_written(layout: torch.memory_format, fresh_memory_is_n
             assert not result.isnan().any(), (name, i)
 
 
+@pytest.mark.parametrize("size", [(64, 270), (63, 269)], ids=["aligned planes", "odd"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_copies_that_pass_the_caches_by_are_those_of_small_calls(
+    instruction_set: str, layout: torch.memory_format, size: tuple[int, int], fresh_memory_is_nan
+):
+    gate_weight = torch.randn(4, 32, 1, 1) / 6
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 32, *size).to(dtype).contiguous(memory_format=layout)
+        large, *small = (
+            OPS.gated_split(part, gate_weight.to(dtype), None, None, [], 4, "none")[1] for part in (x, *x.split(1))
+        )
+        assert sum(copy.nbytes for copy in large) > 16 << 20
+        for k, copy in enumerate(large):
+            assert torch.equal(copy, torch.cat([copies[k] for copies in small]))
+
+
 def test_statistics_do_not_cancel(instruction_set: str):
     # Mean 1000, deviation 1: a difference of float32 sums of squares would have no digit right.
     x = torch.randn(2, 3, 64, 96) + 1000
