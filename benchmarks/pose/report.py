@@ -1,4 +1,4 @@
-"""What pose runs leave: curves, figures, result files and pictures."""
+"""What runs of a `PoseTask` leave: curves, figures, result files and pictures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from ..training import TrainingTask
 from ..training.report import RunReport, save_curves
 from .pictures import save_overlays
 from .scoring import FIGURES, evaluator_name
-from .task import PoseTask
 
 _OVERLAYS = 8  # unless told otherwise
 _TITLES = FIGURES[:6]  # AP, AP50, AP75, APM, APL, AR: what papers report
@@ -29,14 +29,14 @@ class PoseReport(RunReport):
         }
         return "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in shown.items())
 
-    def record(self, trainer: Trainer, task: PoseTask) -> dict[str, Any]:
+    def record(self, trainer: Trainer, task: TrainingTask) -> dict[str, Any]:
         self.headline = task.headline
         return {"evaluator": evaluator_name()}
 
     def draw_curves(self, file: Path) -> None:
         save_curves(file, self.losses, self.evaluations, self.headline, self.headline)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: PoseTask) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if trainer.is_global_zero and pl_module.poses:
             data, options = trainer.datamodule, pl_module.evaluation
             truth = data.val_annotations.people
@@ -58,7 +58,7 @@ class EvaluationReport(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_validation_end(self, trainer: Trainer, pl_module: PoseTask) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule
@@ -82,13 +82,13 @@ class EvaluationReport(Callback):
         Console().print(table)
         print(f"Results in {self.folder}: {' '.join(sorted(entry.name for entry in self.folder.iterdir()))}")
 
-    def on_test_end(self, trainer: Trainer, pl_module: PoseTask) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if trainer.is_global_zero:
             self._write_json("keypoints.json", [pose.coco() for pose in pl_module.poses])
             self._draw(pl_module, trainer.datamodule.test_set.people, [], _OVERLAYS)
             print(f"{len(pl_module.poses)} poses for the server: {self.folder / 'keypoints.json'}")
 
-    def on_predict_end(self, trainer: Trainer, pl_module: PoseTask) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if not trainer.is_global_zero:
             return
         people = trainer.datamodule.predict_set.people
@@ -111,6 +111,6 @@ class EvaluationReport(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    def _draw(self, task: PoseTask, people: list, truth: list, usual: int) -> None:
+    def _draw(self, task: TrainingTask, people: list, truth: list, usual: int) -> None:
         count = usual if task.evaluation.overlays is None else task.evaluation.overlays
         save_overlays(self.folder / "overlays", people, truth, task.poses, count, task.evaluation.drawn_above)

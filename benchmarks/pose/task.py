@@ -14,6 +14,7 @@ from ..training import TrainingTask
 from .datasets import EvalSample, TrainSample
 from .evaluation import EvaluationOptions, Evaluator, measure
 from .loss import pose_loss
+from .report import EvaluationReport, PoseReport
 from .scoring import Pose, evaluator_name
 
 
@@ -70,13 +71,9 @@ class PoseTask(TrainingTask):
         return f"val/AP_{self.evaluation.protocol('gt')}"
 
     def make_reports(self, folder: Path) -> list[Callback]:
-        from .report import PoseReport  # report.py is about this task, and imports it
-
         return [PoseReport(folder)]
 
     def make_evaluation_reports(self, folder: Path) -> list[Callback]:
-        from .report import EvaluationReport
-
         return [EvaluationReport(Path(self.evaluation.out or folder))]
 
     def setup(self, stage: str) -> None:

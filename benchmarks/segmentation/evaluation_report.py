@@ -1,4 +1,4 @@
-"""What `gsto validate`, `gsto test` and `gsto predict` leave: figures, tables, label files and pictures."""
+"""What `gsto validate`, `gsto test` and `gsto predict` leave of a `SegmentationTask`: figures, tables, label files, pictures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..images import write_png
+from ..training import TrainingTask
 from .datamodules import SegmentationData
 from .datasets import SegmentationDataset
 from .evaluation import Predictions, Result
 from .pictures import comparison, save_confusion, spread
-from .task import SegmentationTask
 
 _OVERLAYS = 8  # unless told otherwise
 
@@ -40,7 +40,7 @@ class EvaluationReport(Callback):
     def __init__(self, folder: Path, overlays: int | None = None) -> None:
         self.folder, self.overlays = folder, overlays
 
-    def setup(self, trainer: Trainer, pl_module: SegmentationTask, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: TrainingTask, stage: str) -> None:
         data: SegmentationData = trainer.datamodule
         sets = {"validate": "val_set", "test": "test_set", "predict": "predict_set"}
         self.dataset: SegmentationDataset = getattr(data, sets[stage])
@@ -66,30 +66,30 @@ class EvaluationReport(Callback):
                     write_png(self.folder / "overlays" / file, comparison(image, label, classes, data.palette))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: SegmentationTask, outputs: Predictions, batch: Any, *place: int
+        self, trainer: Trainer, pl_module: TrainingTask, outputs: Predictions, batch: Any, *place: int
     ) -> None:
         self._write_images(trainer, outputs, batch)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: SegmentationTask, outputs: Predictions, batch: Any, *place: int
+        self, trainer: Trainer, pl_module: TrainingTask, outputs: Predictions, batch: Any, *place: int
     ) -> None:
         self._write_images(trainer, outputs, batch)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: SegmentationTask, outputs: Predictions, batch: Any, *place: int
+        self, trainer: Trainer, pl_module: TrainingTask, outputs: Predictions, batch: Any, *place: int
     ) -> None:
         self._write_images(trainer, outputs, batch)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         self._write_figures(trainer, pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         self._write_figures(trainer, pl_module)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         pl_module.print(f"{len(self.dataset)} predictions: {self.folder / 'labels'}, {self.folder / 'overlays'}")
 
-    def _write_figures(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def _write_figures(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if not trainer.is_global_zero:
             return
         data: SegmentationData = trainer.datamodule
@@ -109,7 +109,7 @@ class EvaluationReport(Callback):
         print(f"Results in {self.folder}: {' '.join(sorted(entry.name for entry in self.folder.iterdir()))}")
 
     def _record(
-        self, trainer: Trainer, pl_module: SegmentationTask, results: dict[str, Result], columns: dict[str, list[float]]
+        self, trainer: Trainer, pl_module: TrainingTask, results: dict[str, Result], columns: dict[str, list[float]]
     ) -> dict[str, Any]:
         names = trainer.datamodule.class_names
         return {

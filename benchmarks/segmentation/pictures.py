@@ -1,4 +1,4 @@
-"""Pictures of a run: its predictions and its gates."""
+"""Pictures of a `SegmentationTask`: its predictions and its gates."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 import gsto_models
 
 from ..images import normalize, write_png
+from ..training import TrainingTask
 from .datasets import SegmentationDataset
-from .task import SegmentationTask
 from .transforms import IGNORE
 
 matplotlib.use("Agg")
@@ -30,7 +30,7 @@ def colorize(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.n
     return table[label]
 
 
-def sample_batch(task: SegmentationTask, dataset: SegmentationDataset, index: int) -> Tensor:
+def sample_batch(task: TrainingTask, dataset: SegmentationDataset, index: int) -> Tensor:
     """One sample of a data set as a batch of one normalised image (1, 3, H, W) on the task's device."""
     return normalize(dataset[index][0][None].to(task.device))
 
@@ -56,7 +56,7 @@ def comparison(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, pal
 
 @torch.inference_mode()
 def save_predictions(
-    file: Path, task: SegmentationTask, dataset: SegmentationDataset, palette: Sequence, count: int = 6
+    file: Path, task: TrainingTask, dataset: SegmentationDataset, palette: Sequence, count: int = 6
 ) -> None:
     """Rows of image | truth | prediction; see `comparison`."""
     task.eval()
@@ -93,7 +93,7 @@ def save_confusion(file: Path, confusion: Tensor, names: Sequence[str]) -> None:
 
 @torch.inference_mode()
 def save_gates(
-    file: Path, task: SegmentationTask, dataset: SegmentationDataset, names: dict[str, str], count: int = 3
+    file: Path, task: TrainingTask, dataset: SegmentationDataset, names: dict[str, str], count: int = 3
 ) -> None:
     """Rows of an image beside gates: columns by `names` = {gate's name in the network: title}.
 

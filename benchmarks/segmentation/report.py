@@ -1,4 +1,4 @@
-"""What a segmentation run leaves in its folder: metrics.json, curves.png and predictions.png."""
+"""What a run of a `SegmentationTask` leaves in its folder: metrics.json, curves.png and predictions.png."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from ..training import TrainingTask
 from ..training.report import RunReport, save_curves
 from .datamodules import SegmentationData
 from .metrics import constant_prediction
 from .pictures import save_predictions
-from .task import SegmentationTask
 
 
 class SegmentationReport(RunReport):
@@ -21,7 +21,7 @@ class SegmentationReport(RunReport):
     def describe(self, figures: dict[str, float]) -> str:
         return f"mIoU {figures['val/mIoU_ss']:.3f}  pixel accuracy {figures['val/pixel_acc_ss']:.3f}"
 
-    def record(self, trainer: Trainer, task: SegmentationTask) -> dict[str, Any]:
+    def record(self, trainer: Trainer, task: TrainingTask) -> dict[str, Any]:
         data: SegmentationData = trainer.datamodule
         result = task.results["ss"]
         iou = {
@@ -36,7 +36,7 @@ class SegmentationReport(RunReport):
             file, self.losses, self.evaluations, "val/mIoU_ss", "validation mIoU", baseline=self.baseline["mIoU"]
         )
 
-    def on_fit_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         if trainer.is_global_zero:
             data: SegmentationData = trainer.datamodule
             save_predictions(self.folder / "predictions.png", pl_module, data.val_set, data.palette)

@@ -14,9 +14,11 @@ import gsto_models
 
 from ..training import TrainingTask
 from .evaluation import EvaluationOptions, Evaluator, Predictions, Result, make_evaluator
+from .evaluation_report import EvaluationReport
 from .inference import predict
 from .loss import HardPixels, segmentation_loss
 from .protocol import Protocol, by_name
+from .report import SegmentationReport
 
 Batch = tuple[Tensor, Tensor, Sequence[str]]
 
@@ -92,13 +94,9 @@ class SegmentationTask(TrainingTask):
         self.results: dict[str, Result] = {}  # of the latest evaluation, by protocol
 
     def make_reports(self, folder: Path) -> list[Callback]:
-        from .report import SegmentationReport  # report.py is about this task, and imports it
-
         return [SegmentationReport(folder)]
 
     def make_evaluation_reports(self, folder: Path) -> list[Callback]:
-        from .evaluation_report import EvaluationReport
-
         return [EvaluationReport(Path(self.evaluation.out or folder), self.evaluation.overlays)]
 
     def setup(self, stage: str) -> None:
