@@ -15,9 +15,11 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h
 demo: $(INSTALLED)
 	$(BIN)/gsto demo
 
+# One process per core, each with one thread: the tests' tensors are too small for more. PROCESSES=0 runs all in one process.
+PROCESSES ?= auto
 test: $(INSTALLED)
 	$(BIN)/python -m gsto_ops
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 # One call for a machine with an NVIDIA GPU and a CUDA toolkit, some minutes long: build for its GPU, GPU tests, tables of
 # operators and networks in runs/bench/, and last a summary. It installs into the environment of GPU_PYTHON, whose torch is the one

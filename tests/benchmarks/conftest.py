@@ -1,8 +1,6 @@
 """Fixtures of the trainers' tests."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,6 @@ def pytest_report_header() -> str:
     return (
         "" if TRAINERS else "tests/benchmarks is left out: lightning is not installed (pip install 'gsto_ops[train]')"
     )
-
-
-sys.path.insert(0, str(Path(__file__).parent))  # for made_data
 
 
 @pytest.fixture(autouse=True, scope="package")

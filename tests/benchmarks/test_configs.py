@@ -1,14 +1,13 @@
 """The shipped configurations: they can be read, their networks are the paper's, their recipes are the protocols'."""
 
 import re
-from functools import lru_cache
 
 import pytest
 import torch
+from shipped import reader
 
 from gsto_benchmarks import cli, configs
 from gsto_benchmarks.segmentation import SegmentationTask
-from gsto_benchmarks.training.cli import TrainingCLI, run_cli
 
 NAMES = sorted(name for name, file in configs.shipped_configs().items() if "segmentation" in file.parts)
 # exact numbers of weights and biases in convolutions
@@ -28,29 +27,9 @@ RECIPES = {
 }
 
 
-class ReadOnly(TrainingCLI):
-    """Reads the command line and stops there."""
-
-    def before_instantiate_classes(self):
-        pass
-
-    def instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 @pytest.fixture(scope="module")
 def read():
-    """A configuration, with options, as the command line reads it."""
-    parser = run_cli(configs.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
-
-    @lru_cache
-    def parse(name, *options):
-        return parser.parse_args(configs.resolve_config_names(["fit", "-c", name, *options])).fit
-
-    return lambda name, *options: parse(name, *options).clone()
+    return reader()
 
 
 def head(name):

@@ -1,15 +1,12 @@
 """Fixtures of the tests of compiled kernels."""
 
 import importlib
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import emulated
+import pytest
 import selection
+import torch
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,5 +1,6 @@
 """Builds the CUDA sources for the emulator (csrc/cuda/emulator.h) and registers their operators as torch.ops.gsto_emulated."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -57,8 +58,15 @@ def build(folder: Path) -> Path:
     for path in sorted(inputs):
         digest.update(path.read_bytes())
     library = folder / f"gsto_emulated_{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the tests' processes builds it, and the others wait
+        if not library.exists():
+            compile_into(library, sources)
+    return library
+
+
+def compile_into(library: Path, sources: list[Path]) -> None:
+    """Compiles and links; the library appears whole or not at all."""
     torch_root = Path(torch.__file__).parent
     flags = [str(compiler()), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DGSTO_EMULATE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{torch_root / 'include'}"]
@@ -72,14 +80,12 @@ def build(folder: Path) -> Path:
         return target
 
     lib = str(torch_root / "lib")
-    # A scratch folder of its own and a rename at the end: other runs of the tests may be building into this folder too.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
         linked = f"{scratch}/library.so"
         command = [flags[0], "-shared", *objects, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-o", linked]
         subprocess.run(command, check=True)
         Path(linked).rename(library)
-    return library
 
 
 def load(folder: Path) -> object:

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter truncates to bfloat16 where GPUs round: twice the error of one rounding, in every map on the way.
 TINY = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
-layouts = pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 
 
 def run_sweeps(file, at_least):
@@ -32,7 +30,7 @@ def run_sweeps(file, at_least):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > at_least and "skipped" not in done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least and "skipped" not in done.stdout
 
 
 def prepare():
@@ -73,16 +71,6 @@ def patch_once(interpreter):
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
-
-
-def layout(tensor, last):
-    if tensor is None or tensor.dim() != 4:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def parameter(*shape, dtype, scale=1.0):
-    return (torch.randn(shape) * scale).to(dtype)
 
 
 def assert_close(found, exact, eager, name, tiny, usual):

@@ -3,23 +3,20 @@
 The sweeps (sweep_*) run in a process of their own: see test_triton_kernels.py.
 """
 
-import sys
-from pathlib import Path
-
+import interpreted
 import pytest
+import single_norm
 import torch
 import torch.nn.functional as F
+from carriers import compare_carriers
+from gated_kernels import DTYPES, layout, layouts, parameter
+from interpreted import TINY, assert_close
 
 import gsto_ops
 from gsto_ops import reference
 from gsto_ops.ops import layout_of
 
-sys.path.insert(0, str(Path(__file__).parent))
-import interpreted
-import single_norm
-from carriers import compare_carriers
-from interpreted import DTYPES, TINY, assert_close, layout, layouts, parameter
-
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 OPS = torch.ops.gsto_triton
 
 
@@ -30,13 +27,6 @@ def test_fusion_kernels_in_the_interpreter():
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
     interpreted.prepare()
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def wide(operand):

@@ -5,86 +5,33 @@ which memory that no kernel has written holds NaN.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import gated_kernels
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
+from gated_kernels import DTYPES, NO_SCALE, every_seed, layout, layouts, transfer
 
-from gsto_ops.ops import layout_of
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
-sys.path.insert(0, str(Path(__file__).parent))
-import interpreted
-from interpreted import DTYPES, TINY, assert_close, layout, layouts, parameter
 
-NO_SCALE = (None, None)
-aten = torch.ops.aten
+def assert_close(found, exact, eager, name, dtype, usual):
+    interpreted.assert_close(found, exact, eager, name, interpreted.TINY[dtype], usual)
 
 
 def test_every_kernel_in_the_interpreter():
     interpreted.run_sweeps(__file__, at_least=100)
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(scope="module")
 def ops():
     interpreted.prepare()
     names = ("affine_scale_transfer", "gated_projection", "gated_pyramid_pool", "gated_scale_transfer")
-    return SimpleNamespace(**{name: importlib.import_module(f"gsto_ops.triton.{name}") for name in names})
-
-
-def transfer(x, size, mode, align_corners=False, scale=NO_SCALE):
-    if mode == "avg":
-        return F.adaptive_avg_pool2d(x, size)
-    if mode == "bilinear":
-        return aten.upsample_bilinear2d(x, size, align_corners, *scale)
-    return aten.upsample_nearest2d(x, size, *scale)
-
-
-def act(x, activation):
-    return x.relu() if activation == "relu" else x
-
-
-def compare(formula, operands, forward, backward, seeds=None):
-    """``formula`` in float64 and in the operands' dtype against the kernels: outputs, and gradients for all operands given.
-
-    ``backward(outputs, their gradients)``; ``seeds``: which outputs have a gradient.
-    """
-    runs, gradients = [], None
-    for dtype in (torch.float64, None):
-        leaves = [o if o is None else o.detach().to(dtype or o.dtype).requires_grad_() for o in operands]
-        outputs = formula(*leaves)
-        gradients = gradients or [torch.randn(o.shape, dtype=torch.float64) for o in outputs]
-        seeds = seeds or [True] * len(outputs)
-        pairs = [(o, g.to(o.dtype)) for o, g, wanted in zip(outputs, gradients, seeds, strict=True) if wanted]
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs], [leaf for leaf in leaves if leaf is not None], [g for _, g in pairs]
-        )
-        runs.append(([o.detach() for o in outputs], grads))
-    (exact, exact_grads), (eager, eager_grads) = runs
-    outputs = forward(*operands)
-    dtype = operands[0].dtype
-    for i, found in enumerate(outputs):
-        # Statistics (the third output on) are sums over pixels.
-        assert_close(found, exact[i], eager[i], f"output {i}", TINY[dtype], 0.05 if i < 2 else 0.5)
-    given = [g.to(o.dtype) if wanted else None for g, o, wanted in zip(gradients, outputs, seeds, strict=True)]
-    pixels = operands[0].numel() // operands[0].shape[1]
-    for i, (found, right, plain) in enumerate(zip(backward(outputs, given), exact_grads, eager_grads, strict=True)):
-        # A parameter's gradient is a sum over pixels, whose terms may cancel.
-        assert_close(found, right, plain, f"gradient {i}", TINY[dtype], 0.05 if i == 0 else 0.5 * pixels**0.5)
-    return outputs
-
-
-def given_ones(gradients, operands):
-    return [g for g, o in zip(gradients, operands, strict=True) if o is not None]
+    modules = {name: importlib.import_module(f"gsto_ops.triton.{name}") for name in names}
+    forward = {name: module.forward for name, module in modules.items()}
+    return SimpleNamespace(**forward, **{f"{name}_backward": module.backward for name, module in modules.items()})
 
 
 # batch, channels, out_channels (None: no projection), size, new size, mode, align_corners, scale, activation
@@ -117,77 +64,22 @@ BOTH = [TRANSFERS[i] for i in (0, 4, 6, 12)]  # in every dtype
     "case, dtype", [(c, torch.float32) for c in TRANSFERS] + [(c, d) for c in BOTH for d in DTYPES[1:]], ids=str
 )
 def sweep_gated_scale_transfer(ops, case, dtype, last):
-    batch, channels, out_channels, hw, size, mode, align_corners, scale, activation = case
-    x = layout(parameter(batch, channels, *hw, dtype=dtype), last)
-    rho = parameter(1, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
-    bias = parameter(1, dtype=dtype) if out_channels is None or out_channels % 2 == 0 else None
-    weight = shift = None
-    if out_channels is not None:
-        weight = parameter(out_channels, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
-        shift = parameter(out_channels, dtype=dtype) if channels % 4 == 2 else None
-    operands = (x, rho, bias, weight, shift)
-
-    def formula(x, rho, bias, weight, shift):
-        gate = F.conv2d(x, rho, bias).sigmoid()
-        z = gate * x
-        if weight is not None:
-            z = F.conv2d(z, weight, shift)
-        return transfer(act(z, activation), size, mode, align_corners, scale), gate
-
-    def forward(*operands):
-        return ops.gated_scale_transfer.forward(*operands, activation, size, mode, align_corners, *scale)
-
-    def backward(outputs, gradients):
-        grads = ops.gated_scale_transfer.backward(
-            layout(gradients[0], last), gradients[1], x, outputs[1], rho, weight, shift, activation, mode, align_corners, *scale
-        )  # fmt: skip
-        assert grads[0].stride() == x.stride() and all(g.dtype == dtype for g in grads)
-        assert [g.shape for g in given_ones(grads, operands)] == [o.shape for o in operands if o is not None]
-        assert weight is not None or (grads[3].shape == (0,) and grads[4].shape == (0,))
-        return given_ones(grads, operands)
-
-    output, gate = compare(formula, operands, forward, backward, [True, mode != "avg"])
-    assert output.dtype == gate.dtype == dtype and gate.is_contiguous()
-    assert output.stride() == layout(output, layout_of(x) == torch.channels_last).stride()
+    gated_kernels.check_gated_scale_transfer(ops, assert_close, case, dtype, last)
 
 
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [(2, 18, 36, 5, 7), (1, 64, 70, 8, 16), (3, 130, 5, 4, 3), (2, 1, 1, 1, 5)], ids=str)
-@pytest.mark.parametrize("seeds", [(True, False, False, False), (True, True, True, True)], ids=["plain", "statistics"])
+@every_seed
 def sweep_gated_projection(ops, case, dtype, last, seeds):
-    batch, channels, out_channels, *hw = case
-    x = layout(parameter(batch, channels, *hw, dtype=dtype), last)
-    rho = parameter(1, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
-    bias = parameter(1, dtype=dtype) if batch == 1 else None
-    weight = parameter(out_channels, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
-
-    def formula(x, rho, bias, weight):
-        gate = F.conv2d(x, rho, bias).sigmoid()
-        z = F.conv2d(gate * x, weight)
-        wide = z if z.dtype == torch.float64 else z.float()
-        return z, gate, wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
-
-    def backward(outputs, gradients):
-        dz, *others = gradients
-        z, gate, mean, _ = outputs
-        grads = ops.gated_projection.backward(layout(dz, last), *others, x, gate, rho, weight, z, mean)
-        return given_ones(grads, (x, rho, bias, weight))
-
-    outputs = compare(formula, (x, rho, bias, weight), ops.gated_projection.forward, backward, seeds)
-    assert outputs[2].dtype == outputs[3].dtype == torch.float32
+    gated_kernels.check_gated_projection(ops, assert_close, case, dtype, last, seeds)
 
 
 def sweep_statistics_survive_a_large_mean(ops, monkeypatch):
-    """Sums of squares would lose a variance that is 1e-8 of the squared mean; merged variances do not, at any level."""
     from gsto_ops.triton import reduce
 
     monkeypatch.setattr(reduce, "ROWS", 4)  # several levels for few tiles
-    x = 100 + torch.randn(8, 8, 16, 16) * 0.01
-    weight = torch.eye(8)[:, :, None, None]
-    _, _, mean, var = ops.gated_projection.forward(x, torch.zeros(1, 8, 1, 1), torch.full((1,), 40.0), weight)
-    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), unbiased=False), rtol=1e-2, atol=0)
+    gated_kernels.check_statistics_of_a_large_mean(ops)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 300])
@@ -216,22 +108,7 @@ def sweep_sum_rows(ops, monkeypatch, rows):
     ids=str,
 )
 def sweep_affine_scale_transfer(ops, case, dtype, last):
-    batch, channels, hw, size, mode, align_corners, scale, activation = case
-    x = layout(parameter(batch, channels, *hw, dtype=dtype), last)
-    factors, shifts = torch.randn(channels), torch.randn(channels)
-
-    def formula(x, factors, shifts):
-        z = act(factors[:, None, None] * x + shifts[:, None, None], activation).to(x.dtype)
-        return (transfer(z, size, mode, align_corners, scale),)
-
-    def forward(*operands):
-        return (ops.affine_scale_transfer.forward(*operands, activation, size, mode, align_corners, *scale),)
-
-    def backward(outputs, gradients):
-        gradient = layout(gradients[0], last)
-        return ops.affine_scale_transfer.backward(gradient, x, factors, shifts, activation, mode, align_corners, *scale)
-
-    compare(formula, (x, factors, shifts), forward, backward)
+    gated_kernels.check_affine_scale_transfer(ops, assert_close, case, dtype, last)
 
 
 PAIRS = [(1, 5), (5, 1), (2, 3), (4, 12), (9, 3), (7, 6), (6, 7)]
@@ -246,13 +123,11 @@ def sweep_taps(ops, mode, align_corners):
     for (h, out_h), (w, out_w) in zip(PAIRS, PAIRS[::-1], strict=True):
         x = torch.randn(1, 1, h, w, requires_grad=True)
         right = transfer(x, (out_h, out_w), mode, align_corners)
-        found = ops.affine_scale_transfer.forward(
-            x.detach(), one, zero, "none", (out_h, out_w), mode, align_corners, *NO_SCALE
-        )
+        found = ops.affine_scale_transfer(x.detach(), one, zero, "none", (out_h, out_w), mode, align_corners, *NO_SCALE)
         torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5)
         gradient = torch.randn_like(right)
         (right,) = torch.autograd.grad(right, x, gradient)
-        found, *_ = ops.affine_scale_transfer.backward(
+        found, *_ = ops.affine_scale_transfer_backward(
             gradient, x.detach(), one, zero, "none", mode, align_corners, *NO_SCALE
         )
         torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-5)
@@ -267,11 +142,11 @@ def sweep_scale_factors(ops, mode, scale):
     right = F.interpolate(x, scale_factor=scale, mode=mode)
     assert right.shape[2:] == size
     ones, zeros = torch.ones(2), torch.zeros(2)
-    found = ops.affine_scale_transfer.forward(x.detach(), ones, zeros, "none", size, mode, False, *scale)
+    found = ops.affine_scale_transfer(x.detach(), ones, zeros, "none", size, mode, False, *scale)
     torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5)
     gradient = torch.randn_like(right)
     (right,) = torch.autograd.grad(right, x, gradient)
-    found, *_ = ops.affine_scale_transfer.backward(gradient, x.detach(), ones, zeros, "none", mode, False, *scale)
+    found, *_ = ops.affine_scale_transfer_backward(gradient, x.detach(), ones, zeros, "none", mode, False, *scale)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-5)
 
 
@@ -281,51 +156,33 @@ def sweep_scale_factors(ops, mode, scale):
     "case", [(2, 18, (7, 9), (1, 2, 3, 6)), (1, 136, (9, 8), (4,)), (1, 24, (12, 12), (1, 2, 5, 9))], ids=str
 )
 def sweep_gated_pyramid_pool(ops, case, dtype, last):
-    batch, channels, hw, bins = case
-    x = layout(parameter(batch, channels, *hw, dtype=dtype), last)
-    rho = parameter(len(bins), channels, 1, 1, dtype=dtype, scale=channels**-0.5)
-    bias = parameter(len(bins), dtype=dtype) if batch == 1 else None
-
-    def formula(x, rho, bias):
-        gate = F.conv2d(x, rho, bias).sigmoid()
-        pooled = [F.adaptive_avg_pool2d(gate[:, k : k + 1] * x, b).flatten(2) for k, b in enumerate(bins)]
-        return torch.cat(pooled, 2), gate
-
-    def forward(x, rho, bias):
-        return ops.gated_pyramid_pool.forward(x, rho, bias, bins)
-
-    def backward(outputs, gradients):
-        grads = ops.gated_pyramid_pool.backward(*gradients, x, outputs[1], rho, bins)
-        assert grads[0].stride() == x.stride()
-        return given_ones(grads, (x, rho, bias))
-
-    compare(formula, (x, rho, bias), forward, backward, [True, batch == 1])
+    gated_kernels.check_gated_pyramid_pool(ops, assert_close, case, dtype, last)
 
 
 def _call_everything(ops, x, rho, weight, dy, dz, pyramid_rho):
     """All operators, forward and backward, as one list of results."""
     stats = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(1))
-    out, gate = ops.gated_scale_transfer.forward(x, rho, None, weight, None, "none", (3, 4), "avg", False, *NO_SCALE)
+    out, gate = ops.gated_scale_transfer(x, rho, None, weight, None, "none", (3, 4), "avg", False, *NO_SCALE)
     results = [out, gate]
-    results += ops.gated_scale_transfer.backward(
+    results += ops.gated_scale_transfer_backward(
         dy, gate[:, :, :1].expand_as(gate), x, gate, rho, weight, None, "none", "avg", False, *NO_SCALE
     )
-    out, _ = ops.gated_scale_transfer.forward(x, rho, None, weight, None, "relu", (3, 4), "nearest", False, *NO_SCALE)
+    out, _ = ops.gated_scale_transfer(x, rho, None, weight, None, "relu", (3, 4), "nearest", False, *NO_SCALE)
     results += [out]
-    results += ops.gated_scale_transfer.backward(
+    results += ops.gated_scale_transfer_backward(
         dy, None, x, gate, rho, weight, None, "relu", "nearest", False, *NO_SCALE
     )
-    z, gate, mean, var = ops.gated_projection.forward(x, rho, None, weight)
+    z, gate, mean, var = ops.gated_projection(x, rho, None, weight)
     results += [z, mean, var]
-    results += ops.gated_projection.backward(dz, None, stats, stats, x, gate, rho, weight, z, mean)
+    results += ops.gated_projection_backward(dz, None, stats, stats, x, gate, rho, weight, z, mean)
     scale = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(2))
-    results += [ops.affine_scale_transfer.forward(x, scale, scale, "relu", (5, 7), "bilinear", True, *NO_SCALE)]
-    results += ops.affine_scale_transfer.backward(
+    results += [ops.affine_scale_transfer(x, scale, scale, "relu", (5, 7), "bilinear", True, *NO_SCALE)]
+    results += ops.affine_scale_transfer_backward(
         dz[:, : x.shape[1]], x, scale, scale, "relu", "bilinear", False, *NO_SCALE
     )
-    pooled, gate = ops.gated_pyramid_pool.forward(x, pyramid_rho, None, (1, 3))
+    pooled, gate = ops.gated_pyramid_pool(x, pyramid_rho, None, (1, 3))
     results += [pooled, gate]
-    results += ops.gated_pyramid_pool.backward(pooled, None, x, gate, pyramid_rho, (1, 3))
+    results += ops.gated_pyramid_pool_backward(pooled, None, x, gate, pyramid_rho, (1, 3))
     return results
 
 
@@ -371,25 +228,9 @@ def sweep_wide_is_chosen_by_size(ops):
 
 
 @layouts
-def sweep_empty_batch(ops, last):
-    x, gate = layout(torch.randn(0, 18, 6, 6), last), torch.randn(0, 1, 6, 6)
-    rho, weight, bias = torch.randn(1, 18, 1, 1), torch.randn(36, 18, 1, 1), torch.randn(36)
-    for mode, size, activation in (("bilinear", (12, 12), "none"), ("avg", (3, 3), "none"), ("avg", (6, 6), "relu")):
-        out, _ = ops.gated_scale_transfer.forward(x, rho, None, weight, bias, activation, size, mode, False, *NO_SCALE)
-        assert out.shape == (0, 36, *size)
-        grads = ops.gated_scale_transfer.backward(
-            out, None, x, gate, rho, weight, bias, activation, mode, False, *NO_SCALE
-        )
-        assert grads[0].shape == x.shape and all((g == 0).all() for g in grads)
-    z, _, mean, var = ops.gated_projection.forward(x, rho, None, weight)
-    assert z.shape == (0, 36, 6, 6) and mean.isnan().all() and var.isnan().all()
-    grads = ops.gated_projection.backward(z, None, mean, var, x, gate, rho, weight, z, mean)
-    assert all((g == 0).all() for g in grads)
-    grads = ops.affine_scale_transfer.backward(x, x, bias[:18], bias[:18], "relu", "avg", False, *NO_SCALE)
-    assert all((g == 0).all() for g in grads)
-    pooled, gates = ops.gated_pyramid_pool.forward(x, weight[:2], None, (1, 2))
-    assert pooled.shape == (0, 18, 5)
-    assert all((g == 0).all() for g in ops.gated_pyramid_pool.backward(pooled, None, x, gates, weight[:2], (1, 2)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def sweep_empty_batch(ops, dtype, last):
+    gated_kernels.check_empty_batch(ops, dtype, last)
 
 
 @layouts
@@ -401,11 +242,9 @@ def sweep_chunks_of_images(ops, monkeypatch, last):
     weight = torch.randn(20, 18, 1, 1)
 
     def results():
-        found = list(ops.gated_pyramid_pool.forward(x, rho, None, (1, 2)))
+        found = list(ops.gated_pyramid_pool(x, rho, None, (1, 2)))
         for mode, size in (("nearest", (9, 11)), ("bilinear", (4, 4)), ("avg", (1, 1))):
-            found += ops.gated_scale_transfer.forward(
-                x, rho[:1], None, weight, None, "none", size, mode, False, *NO_SCALE
-            )
+            found += ops.gated_scale_transfer(x, rho[:1], None, weight, None, "none", size, mode, False, *NO_SCALE)
         return found
 
     right = results()
@@ -417,5 +256,5 @@ def sweep_chunks_of_images(ops, monkeypatch, last):
 def sweep_nan_passes_relu(ops):
     x = torch.randn(1, 4, 2, 2)
     x[0, 1, 1, 1] = float("nan")
-    out = ops.affine_scale_transfer.forward(x, torch.ones(4), torch.zeros(4), "relu", (2, 2), "avg", False, *NO_SCALE)
+    out = ops.affine_scale_transfer(x, torch.ones(4), torch.zeros(4), "relu", (2, 2), "avg", False, *NO_SCALE)
     assert torch.equal(out.isnan(), x.isnan())

@@ -5,23 +5,14 @@ holds NaN in both.
 """
 
 import importlib
-import importlib.util
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gsto_ops import reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-import emulated
-import interpreted
 
 IGNORE = 255
 # (N, C, h, w), (H, W), align_corners: what each is for is in its name.
@@ -41,7 +32,7 @@ CASES = {
 }
 
 
-def sweep(forward, backward):
+def every_case(forward, backward):
     """Every case, with dtypes, layouts, types of labels, reductions and class weights in turn."""
     for i, (name, (shape, size, align_corners)) in enumerate(CASES.items()):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
@@ -131,39 +122,20 @@ def strided_maps(forward, backward):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-CHECKS = [sweep, defined_results, strided_maps]
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below starts Triton's interpreter")
-@pytest.mark.parametrize("check_of", CHECKS, ids=lambda f: f.__name__)
-def test_inside_tritons_interpreter(check_of):
-    interpreted.prepare()
-    kernels = importlib.import_module("gsto_ops.triton.upsample_cross_entropy")
-    torch.use_deterministic_algorithms(True)
-    check_of(kernels.forward, kernels.backward)
+CHECKS = [every_case, defined_results, strided_maps]
 
 
 def test_triton_kernels_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "inside_tritons_interpreter"]
-    done = subprocess.run(
-        [*command, __file__],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == len(CHECKS)
+    interpreted.run_sweeps(__file__, at_least=len(CHECKS))
 
 
 @pytest.mark.parametrize("check_of", CHECKS, ids=lambda f: f.__name__)
-def test_cuda_kernels_in_the_emulator(check_of, tmp_path_factory, request):
-    if emulated.compiler() is None:
-        pytest.skip("no C++ compiler")
-    cache = getattr(request.config, "cache", None)  # none under -p no:cacheprovider
-    ops = emulated.load(Path(cache.mkdir("gsto_emulated")) if cache else tmp_path_factory.mktemp("emulated"))
-    check_of(ops.upsample_cross_entropy, ops.upsample_cross_entropy_backward)
+def sweep_triton_kernels(check_of, fresh_memory_is_nan):
+    interpreted.prepare()
+    kernels = importlib.import_module("gsto_ops.triton.upsample_cross_entropy")
+    check_of(kernels.forward, kernels.backward)
+
+
+@pytest.mark.parametrize("check_of", CHECKS, ids=lambda f: f.__name__)
+def test_cuda_kernels(check_of, cuda_operators):
+    check_of(cuda_operators.upsample_cross_entropy, cuda_operators.upsample_cross_entropy_backward)

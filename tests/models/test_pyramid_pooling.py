@@ -3,32 +3,31 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pyramid_heads import (
+    CLASSES,
+    GATES,
+    C,
+    bn,
+    check_eval_output,
+    check_network_outputs,
+    check_training_outputs_and_gradients,
+    class_map_of,
+    gated,
+    outputs_of_options,
+    prepared,
+)
 
 import gsto_ops
 from gsto_models import complexity, create_model, record_gates
 from gsto_models.pyramid_pooling import PyramidPooling
 
-GATES = [None, "unsupervised", "supervised"]
-C, CLASSES = 16, 5
-
-
-def bn(x, s, key, training):
-    stats = [s[f"{key}.running_mean"].clone(), s[f"{key}.running_var"].clone()]
-    return F.batch_norm(x, *stats, s[f"{key}.weight"], s[f"{key}.bias"], training)
-
 
 def composition(s, x, gate, training, align_corners=False):
     """The pyramid pooling module bin by bin, from the definition; `s` is its state dict. Returns [logits, class map]."""
-    class_map = None
-    if "predictor.weight" in s:
-        class_map = F.conv2d(x, s["predictor.weight"], s["predictor.bias"])
+    class_map = class_map_of(s, x)
     maps = [x]
     for k, size in enumerate((1, 2, 3, 6)):
-        f = x
-        if gate is not None:
-            bias = s.get("gates.conv.bias")
-            logit = F.conv2d(class_map if gate == "supervised" else x, s["gates.conv.weight"][k : k + 1])
-            f = torch.sigmoid(logit + (0 if bias is None else bias[k])) * x
+        f = gated(s, x, class_map, gate, k)
         y = F.conv2d(F.adaptive_avg_pool2d(f, size), s[f"branches.{k}.0.weight"])
         y = F.relu(bn(y, s, f"branches.{k}.1", training))
         maps.append(F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=align_corners))
@@ -38,61 +37,26 @@ def composition(s, x, gate, training, align_corners=False):
 
 def module(gate, gate_bias=True, auxiliary=False, align_corners=False):
     shared = {"gate": gate, "gate_bias": gate_bias, "auxiliary": auxiliary, "scale_equalizer": False}
-    model = PyramidPooling(C, CLASSES, align_corners=align_corners, **shared).double()
-    for m in model.modules():
-        if isinstance(m, torch.nn.Conv2d) and m.bias is not None:
-            m.bias.data.normal_(0, 0.5)
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.weight.data.uniform_(0.5, 1.5)
-            m.bias.data.normal_(0, 0.5)
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.2, 0.5)
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0
-    return model
+    return prepared(PyramidPooling(C, CLASSES, align_corners=align_corners, **shared))
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("options", [{}, {"gate_bias": False, "align_corners": True}], ids=str)
 def test_eval_output(gate, options):
-    model = module(gate, **options).eval()
     x = torch.randn(2, C, 7, 11, dtype=torch.float64)
-    with torch.no_grad():
-        found = model(x)
-        expected = composition(model.state_dict(), x, gate, False, options.get("align_corners", False))[0]
-    assert len(found) == 1
-    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-10)
-    assert expected.std(dim=(2, 3)).min() > 0.01
+    align_corners = options.get("align_corners", False)
+    check_eval_output(module(gate, **options), x, lambda s: composition(s, x, gate, False, align_corners))
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_training_outputs_and_gradients(gate):
-    model = module(gate, auxiliary=True)
     x = torch.randn(3, C, 7, 11, dtype=torch.float64)
-    params = {k: v.detach().clone().requires_grad_() for k, v in model.named_parameters()}
-    expected = composition({**model.state_dict(), **params}, x, gate, True)
-    found = model(x)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
-    weights = [torch.randn_like(f) for f in found]
-    sum((f * w).sum() for f, w in zip(found, weights, strict=True)).backward()
-    sum((e * w).sum() for e, w in zip(expected, weights, strict=True)).backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, params[name].grad, rtol=1e-8, atol=1e-10, msg=name)
-        assert p.grad.any(), name
+    check_training_outputs_and_gradients(module(gate, auxiliary=True), x, lambda s: composition(s, x, gate, True))
 
 
-@pytest.mark.parametrize(
-    ("options", "outputs"),
-    [({}, 1), ({"auxiliary": True}, 2), ({"gate": "unsupervised"}, 1), ({"gate": "supervised"}, 2)],
-    ids=str,
-)
+@outputs_of_options
 def test_network_outputs(options, outputs):
-    model = create_model("pspnet_r50", num_classes=CLASSES, output_stride=16, **options)
-    maps = model(torch.randn(2, 3, 64, 96))
-    assert [m.shape for m in maps] == [(2, CLASSES, 4, 6)] * outputs
-    with torch.no_grad():
-        assert model.eval()(torch.randn(1, 3, 65, 97)).shape == (1, CLASSES, 5, 7)
+    check_network_outputs("pspnet_r50", options, outputs)
 
 
 def test_order_of_the_auxiliary_output():

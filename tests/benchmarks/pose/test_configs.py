@@ -4,32 +4,18 @@ import re
 
 import pytest
 import torch
+from shipped import reader
 
 from gsto_benchmarks import cli, configs
 from gsto_benchmarks.pose import Augmentation, PoseTask
-from gsto_benchmarks.training.cli import TrainingCLI, run_cli
 
 NAMES = sorted(name for name, file in configs.shipped_configs().items() if "pose" in file.parts)
 PAPER = [name for name in NAMES if name != "coco_mini"]
 
 
-class ReadOnly(TrainingCLI):
-    """Reads the command line and stops there."""
-
-    def before_instantiate_classes(self):
-        pass
-
-    def instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 @pytest.fixture(scope="module")
 def read():
-    parser = run_cli(configs.resolve_config_names(["fit", "-c", NAMES[0]]), ReadOnly).parser
-    return lambda name, *options: parser.parse_args(configs.resolve_config_names(["fit", "-c", name, *options])).fit
+    return reader()
 
 
 def test_every_row_has_its_configurations():

@@ -12,7 +12,6 @@ import torch
 from gsto_benchmarks import cli
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # the runs import toy_task
 CONFIG = """\
 seed_everything: 3
 trainer: {accelerator: cpu, devices: 1, max_epochs: 3, log_every_n_steps: 1}
