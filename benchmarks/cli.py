@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ExportError, TrainingError) as error:
         print(f"gsto: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"gsto: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -21,7 +21,7 @@ def resolve_config_names(argv: Sequence[str]) -> list[str]:
     A configuration builds on another one by a line `# base: FILE` (relative to its own folder); its own settings count.
 
     Raises:
-        UsageError: neither a shipped name nor a file.
+        UsageError: neither a shipped name nor a file; a file that is no YAML mapping.
     """
     resolved, after_flag = [], False
     for word in argv:
@@ -44,7 +44,16 @@ def _config_options(name: str) -> list[str]:
 
 
 def _with_bases(file: Path) -> list[Path]:
-    bases = [file.parent / name for name in re.findall(r"^# base: (\S+)$", file.read_text(encoding="utf-8"), re.M)]
+    import yaml  # it comes with the trainers, and the help works without them
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        contents = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"-c {file}: not a YAML file: {error}") from error
+    if not isinstance(contents, dict):
+        raise UsageError(f"-c {file}: must be a YAML file of settings (key: value), got {type(contents).__name__}")
+    bases = [file.parent / name for name in re.findall(r"^# base: (\S+)$", text, re.M)]
     for base in bases:
         if not base.is_file():
             raise UsageError(f"{file}: its base {base} does not exist")

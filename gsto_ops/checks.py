@@ -8,7 +8,8 @@ from torch import Tensor
 
 MODES = ("bilinear", "avg", "nearest")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-REQUIRED = ("gate_weight", "class_weight")  # all other parameters may be None where a function allows it
+# All other parameters may be None where a function allows it.
+REQUIRED = ("gate_weight", "class_weight", "scale", "shift")
 
 Size = int | Sequence[int]
 ScaleFactor = float | Sequence[float]
@@ -21,18 +22,20 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def check_input(input: Tensor) -> torch.Size:
-    """The shape of ``input``, a (N, C, H, W) floating-point tensor with C, H, W > 0."""
+def check_input(input: Tensor, name: str = "input") -> torch.Size:
+    """The shape of ``input``, a dense (N, C, H, W) floating-point tensor with C, H, W > 0."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
     shape = input.shape
     if len(shape) != 4:
-        raise ValueError(f"input must have 4 dimensions (N, C, H, W), got {len(shape)} with shape {tuple(shape)}")
+        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got {len(shape)} with shape {tuple(shape)}")
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"input must be a floating-point tensor ({allowed}), got {input.dtype}")
+        raise TypeError(f"{name} must be a floating-point tensor ({allowed}), got {input.dtype}")
+    if input.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {input.layout}")
     if 0 in shape and 0 in shape[1:]:
-        raise ValueError(f"input must have at least one channel, row and column, got shape {tuple(shape)}")
+        raise ValueError(f"{name} must have at least one channel, row and column, got shape {tuple(shape)}")
     return shape
 
 
@@ -98,9 +101,8 @@ def check_parameters(
 def check_projection(weight: Tensor | None, bias: Tensor | None, input: Tensor) -> None:
     if weight is None:
         if bias is not None:
-            raise ValueError(
-                f"bias belongs to the projection: it must be None where weight is None, got shape {tuple(bias.shape)}"
-            )
+            given = f"shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else repr(bias)
+            raise ValueError(f"bias belongs to the projection: it must be None where weight is None, got {given}")
         return
     weights = ("weight", weight, (None, input.shape[1], 1, 1), "(out_channels, in_channels, 1, 1)")
     if bias is None:

@@ -73,8 +73,14 @@ def gated_split(
     checks.check_parameter("gate_bias", gate_bias, (gates,), input, meaning="(gates,)")
     checks.check_projection(weight, None, input)
     rows = 0 if weight is None else weight.shape[0]
-    if any(height < 1 for height in split) or sum(split) != rows:
-        raise ValueError(f"split must be positive and add up to the {rows} rows of weight, got {tuple(split)}")
+    if not isinstance(split, (list, tuple)) or not all(isinstance(height, int) and height > 0 for height in split):
+        raise ValueError(f"split must be a list of positive ints, got {split!r}")
+    if sum(split) != rows:
+        raise ValueError(f"split must add up to the {rows} rows of weight, got {tuple(split)}")
+    if len(split) > gates:
+        raise ValueError(f"split must have at most {gates} heights, one per gate, got {tuple(split)}")
+    if not isinstance(copies, int) or not isinstance(carriers, int):
+        raise TypeError(f"copies and carriers must be ints, got {copies!r} and {carriers!r}")
     if min(copies, carriers) < 0 or copies + carriers > gates - len(split):
         raise ValueError(
             f"copies and carriers must be 0 to {gates - len(split)} together, {gates} gates less {len(split)} projections, "
@@ -176,6 +182,7 @@ def gated_fusion(
     """
     transfers = [list(row) for row in transfers]  # indexing an nn.ModuleList takes longer than some of the sums
     gates = None if gates is None else [list(row) for row in gates]
+    _check_tables(transfers, gates, len(inputs))
     leaving = [_leave(x, j, transfers, gates) for j, x in enumerate(inputs)]
     outputs = []
     for i in range(len(transfers)):
@@ -209,6 +216,16 @@ def gated_fusion(
         return outputs, []
     single = [dict(zip(order, gate.detach().split(1, 1), strict=True)) for _, _, order, gate in leaving]
     return outputs, [[single[j][i] for j in range(len(inputs))] for i in range(len(transfers))]
+
+
+def _check_tables(transfers: list[list[Any]], gates: list[list[Any]] | None, sources: int) -> None:
+    for name, table in (("transfers", transfers), ("gates", transfers if gates is None else gates)):
+        widths = [len(row) for row in table]
+        if not 1 <= len(transfers) <= sources or widths != [sources] * len(transfers):
+            raise ValueError(
+                f"{name} must have a row for each of 1 to {sources} outputs, and in it a layer for each of {sources} inputs, "
+                f"got rows of {widths}"
+            )
 
 
 class _Leaving(NamedTuple):

@@ -51,12 +51,13 @@ def norm_sum(
         (N, C, H, W) in the dtype of the terms.
 
     Raises:
-        ValueError, TypeError: maps that do not fit each other; a batch norm in training mode with one value per channel.
+        ValueError, TypeError: maps, norms or statistics that do not fit each other; a batch norm in training mode with one value
+        per channel.
     """
     first = _check_maps(input, terms, norms, gate, carrier)
-    if mode == "avg":
-        raise ValueError("mode must be 'bilinear' or 'nearest', got 'avg'")
-    checks.check_mode(mode, align_corners)
+    if statistics is not None:
+        _check_statistics(statistics, terms)
+    _check_mode(mode, align_corners)
     act = checks.check_activation(activation)
     operators = _operators("batch_norm_sum", first)
     kind = _kind(norms[0])
@@ -122,6 +123,10 @@ def _check_maps(
     gate: Tensor | None,
     carrier: Tensor | None,
 ) -> Tensor:
+    if not isinstance(terms, (list, tuple)) or not isinstance(norms, (list, tuple, nn.ModuleList)):
+        raise TypeError(
+            f"terms must be a list of maps and norms a list of modules, got {type(terms).__name__} and {type(norms).__name__}"
+        )
     if not terms or len(norms) != len(terms):
         raise ValueError(
             f"terms must be at least one map, and norms as many modules, got {len(terms)} and {len(norms)}"
@@ -131,11 +136,21 @@ def _check_maps(
     for k, term in enumerate(terms):
         if term is first:
             continue
+        if not isinstance(term, Tensor):
+            raise TypeError(f"terms[{k}] must be a torch.Tensor, got {type(term).__name__}")
+        if term.device != first.device:
+            raise ValueError(f"terms[{k}] must be on the device of the first map, {first.device}, got {term.device}")
         if term.dim() != 4 or term.shape[:2] != first.shape[:2] or term.dtype != terms[0].dtype:
             raise ValueError(
                 f"terms[{k}] must be (N, C, H_k, W_k) = ({first.shape[0]}, {first.shape[1]}, any, any) of {terms[0].dtype}, "
                 f"got {tuple(term.shape)} of {term.dtype}"
             )
+    channels = first.shape[1]
+    for k, norm in enumerate(norms):
+        if not isinstance(norm, nn.Module):
+            raise TypeError(f"norms[{k}] must be a torch.nn.Module, got {type(norm).__name__}")
+        if norm.__dict__.get("num_features", channels) != channels:  # a batch norm's
+            raise ValueError(f"norms[{k}] must have {channels} channels as the maps, got {norm.num_features}")
     if gate is not None:
         if input is None:
             raise ValueError("gate must be None where input is None")
@@ -145,6 +160,23 @@ def _check_maps(
         given = "no gate" if gate is None else f"a gate and input of shape {tuple(first.shape)}"
         raise ValueError(f"carrier must have the shape of an input with a gate, got {tuple(carrier.shape)} for {given}")
     return first
+
+
+def _check_mode(mode: str, align_corners: bool) -> None:
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', got {mode!r}")
+    checks.check_mode(mode, align_corners)
+
+
+def _check_statistics(statistics: Sequence[Statistics | None], terms: Sequence[Tensor]) -> None:
+    if len(statistics) != len(terms):
+        raise ValueError(f"statistics must be None or one entry for each of {len(terms)} terms, got {len(statistics)}")
+    shape = terms[0].shape[1:2]
+    for k, known in enumerate(statistics):
+        if known is not None and (known[0].shape != shape or known[1].shape != shape):
+            raise ValueError(
+                f"statistics[{k}] must be mean and variance of shape {tuple(shape)}, got {[tuple(t.shape) for t in known]}"
+            )
 
 
 def _kind(norm: nn.Module) -> Any:
@@ -301,11 +333,22 @@ def projected_sum(
     Raises:
         ValueError, TypeError: as :func:`norm_sum`; a weight that does not fit the inputs.
     """
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(f"inputs must be a list of maps, got {type(inputs).__name__}")
+    if not inputs:
+        raise ValueError("inputs must be at least one map, got none")
+    for j, x in enumerate(inputs):
+        checks.check_input(x, f"inputs[{j}]")
+        if x.shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"inputs must have the same N, got shapes {[tuple(x.shape) for x in inputs]}")
+    _check_mode(mode, align_corners)
+    if weight is None:
+        raise TypeError("weight must be a torch.Tensor, got None")
     widths = [x.shape[1] for x in inputs]
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != (sum(widths), 1, 1):
-        raise ValueError(
-            f"weight must have shape (any, {sum(widths)}, 1, 1) for inputs of {widths} channels, got {tuple(weight.shape)}"
-        )
+    meaning = f"for inputs of {widths} channels"
+    for x in inputs:
+        checks.check_parameter("weight", weight, (None, sum(widths), 1, 1), x, meaning=meaning)
+        checks.check_parameter("bias", bias, (weight.shape[0],), x, meaning="(out_channels,)")
     blocks = weight.split(widths, 1)
     last = len(inputs) - 1  # upsampling keeps constants: the bias joins where there are the fewest pixels
     first, *others = (

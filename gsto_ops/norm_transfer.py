@@ -43,9 +43,12 @@ def gated_batch_norm_transfer(
     batch, channels, height, width = checks.check_input(input)
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got None (without a projection, use gated_scale_transfer)")
-    if not isinstance(norm_weight, Tensor) or not isinstance(norm_bias, Tensor):
-        given = f"{type(norm_weight).__name__} and {type(norm_bias).__name__}"
-        raise TypeError(f"norm_weight and norm_bias must be torch.Tensors, got {given}")
+    for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+            given = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
+            raise TypeError(f"{name} must be a floating-point torch.Tensor, got {given}")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0, got {eps!r}")
     checks.check_parameters(
         input,
         ("gate_weight", gate_weight, (1, channels, 1, 1), "(1, in_channels, 1, 1)"),
@@ -109,6 +112,11 @@ def gated_norm_transfer(
     Raises:
         ValueError, TypeError: as ``gated_scale_transfer``; a batch norm in training mode with one value per channel.
     """
+    checks.check_activation(activation)
+    if not isinstance(projection, nn.Conv2d):
+        raise TypeError(f"projection must be a 1x1 torch.nn.Conv2d, got {type(projection).__name__}")
+    if norm is not None and not isinstance(norm, nn.Module):
+        raise TypeError(f"norm must be a torch.nn.Module or None, got {norm!r}")
     gate = (gate_weight, gate_bias)
     if norm is None or type(norm) is nn.Identity:
         return gated_scale_transfer(input, *gate, projection.weight, projection.bias, activation=activation, **transfer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -202,7 +201,9 @@ def _read(path: Path) -> Any:
             raise ValueError(f"not a file of tensors: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what an unpickler meets in other bytes: IndexError, KeyError, UnicodeDecodeError, ...
         raise ValueError(f"not a file of tensors (it is read with weights_only=True): {error}") from error
 
 

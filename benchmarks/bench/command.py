@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
         print("\n".join(["usage: gsto bench WHAT [options]      (gsto bench WHAT --help tells more)", "", *lines]))
         return 0
     if what not in BENCHES:
-        raise UsageError(f"bench needs one of {', '.join(BENCHES)}, got {what!r}")
+        given = f", got {what!r}" if what else ""
+        raise UsageError(f"bench needs one of {', '.join(BENCHES)}{given}")
     module, function, description = BENCHES[what]
     try:
         benchmark = importlib.import_module(f"{__package__}.{module}")

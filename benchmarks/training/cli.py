@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionYesNo
+from jsonargparse import ActionYesNo, ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -73,7 +74,10 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         # Lightning's own method would warn about arguments given as a list
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UsageError(in_short(str(error))) from error
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the hyperparameters stored in the checkpoint override the configuration and the command
@@ -118,7 +122,7 @@ class TrainingCLI(LightningCLI):
             else:
                 super().instantiate_classes()
         except (ValueError, TypeError) as error:  # an argument of a constructor that its type alone does not rule out
-            raise UsageError(str(error)) from error
+            raise UsageError(in_short(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -202,6 +206,17 @@ class TrainingCLI(LightningCLI):
             print(f"Results in {folder}: {' '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
 
 
+def in_short(message: str) -> str:
+    """jsonargparse's message in one line, without the words about how it came to try several types."""
+    if "Subtypes:" not in message:
+        return message
+    tried = r"(- )?(Does not validate against any|Subtypes:|Errors:|Expected a <class 'NoneType'>)"
+    value = r"Given value type:|Given value: \w+\("  # of a class of jsonargparse's own
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if not re.match(f"{tried}|{value}", line)]
+    return re.sub(r":(; )+", ": ", "; ".join(kept))
+
+
 def count_processes(trainer: Any) -> int:
     """Processes of a run by its configuration: "auto" is what is here."""
     devices = trainer.devices
@@ -218,7 +233,10 @@ def count_processes(trainer: Any) -> int:
 def run_cli(args: Sequence[str], kind: type[TrainingCLI] = TrainingCLI) -> TrainingCLI:
     """Run `fit`, `validate`, `test` or `predict` with these command-line arguments."""
     quieten()
-    exact = {"allow_abbrev": False}
+    named = {word.split("=")[0].split(".")[0] for word in args[1:]}
+    if not named & {"-c", "--config", "--model", "-h", "--help"}:
+        raise UsageError(f"{args[0]} needs -c CONFIG: a file, or a shipped configuration (gsto --help lists them)")
+    exact = {"allow_abbrev": False, "exit_on_error": False}  # one line about what is wrong, not 200 lines of usage
     return kind(
         TrainingTask,
         TrainingData,

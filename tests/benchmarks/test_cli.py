@@ -109,9 +109,7 @@ def test_loss_that_is_not_finite_stops_and_saves_the_batch(camvid, tmp_path, cap
 
 @pytest.mark.parametrize("option", ["--model.lrr=0.1", "--trainer.max_epoch=3", "--data.init_args.rooot=x"])
 def test_misspelt_key_is_an_error(option, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "-c", "camvid", option])
-    assert stop.value.code == 2
+    assert cli.main(["fit", "-c", "camvid", option]) == 2
     assert option.split("=")[0].split(".")[-1] in capsys.readouterr().err
 
 
@@ -120,9 +118,7 @@ def test_misspelt_key_in_a_file_is_an_error(tmp_path, capsys):
     config["model"]["init_args"]["gate_bais_init"] = 4.0
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "-c", str(file)])
-    assert stop.value.code == 2
+    assert cli.main(["fit", "-c", str(file)]) == 2
     assert "gate_bais_init" in capsys.readouterr().err
 
 
@@ -152,6 +148,22 @@ def test_config_names():
         (["fit", "-c", "camvid", "--data.root=missing"], "missing/train: no such folder"),
         (["fit", "-c", "camvid", "--ckpt_path=missing.ckpt"], "missing.ckpt: no such file"),
         (["validate", "-c", "camvid"], "validate needs --ckpt_path"),
+        (["fit"], "fit needs -c CONFIG: a file, or a shipped configuration"),
+        (["fit", "-c", __file__], "test_cli.py: not a YAML file: "),
+        (
+            ["fit", "-c", "camvid", "--model.lrr=1"],
+            "'gsto_benchmarks.segmentation.SegmentationTask': Option 'lrr' is not acc",
+        ),
+        (
+            ["fit", "-c", "camvid", "--model.gate_form=x"],
+            "Expected a typing.Literal['paper', 'released']; Given value: x",
+        ),
+        (
+            ["fit", "-c", "camvid", "--trainer.max_epochs=x"],
+            "trainer.max_epochs\": Expected a <class 'int'>; Given value: x",
+        ),
+        (["fit", "-c", "camvid", "--data.batch_size=0"], "gsto: batch_size must be >= 1, got 0"),
+        (["fit", "-c", "camvid", "camvid_hrnetv2"], "unrecognized arguments: camvid_hrnetv2"),
         (["trian"], "no such command: 'trian'"),
         (["validat"], "did you mean 'validate'"),
     ],
@@ -161,7 +173,14 @@ def test_one_line_about_what_is_wrong(arguments, message, tmp_path, capsys):
         arguments = [*arguments, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and "usage: gsto [options]" not in error
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert cli.main(["demo", "--out", str(file / "demo"), "--scenes", "2", "--epochs", "1"]) == 2
+    assert capsys.readouterr().err.endswith(f"gsto: {file / 'demo'}: Not a directory\n")
 
 
 def test_help_lists_the_commands(capsys):

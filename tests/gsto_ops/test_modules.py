@@ -170,27 +170,6 @@ def test_one_value_per_channel_cannot_be_normalised():
         GatedScaleTransfer(6, 7, scale_factor=2)(torch.randn(1, 6, 1, 1))
 
 
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got None"),
-        ({"norm_weight": None}, TypeError, "norm_weight and norm_bias must be torch.Tensors, got NoneType and Tensor"),
-        ({"norm_bias": torch.ones(3)}, ValueError, r"norm_bias must have shape \(4,\), \(out_channels,\), got \(3,\)"),
-        ({"gate_weight": torch.ones(2, 6, 1, 1)}, ValueError, r"gate_weight must have shape \(1, 6, 1, 1\)"),
-        ({"weight": torch.ones(4, 5, 1, 1)}, ValueError, r"weight must have shape \(any, 6, 1, 1\)"),
-        ({"input": torch.ones(6, 4, 4)}, ValueError, "input must have 4 dimensions"),
-        ({"input": torch.ones(1, 6, 1, 1)}, ValueError, r"more than one value per channel, got \(1, 4, 1, 1\)"),
-        ({"activation": "gelu"}, ValueError, "activation must be 'relu' or None, got 'gelu'"),
-    ],
-)
-def test_bad_input_of_a_batch_norm_transfer(changed, error, message):
-    tensors = {"input": torch.ones(2, 6, 4, 4), "gate_weight": torch.ones(1, 6, 1, 1), "gate_bias": None}
-    tensors |= {"weight": torch.ones(4, 6, 1, 1), "norm_weight": torch.ones(4), "norm_bias": torch.ones(4)}
-    gsto_ops.gated_batch_norm_transfer(**tensors, size=8)
-    with pytest.raises(error, match=message):
-        gsto_ops.gated_batch_norm_transfer(**(tensors | changed), size=8)
-
-
 def test_cumulative_momentum():
     module = GatedScaleTransfer(6, 7, scale_factor=1)
     module.norm.momentum = None

@@ -290,9 +290,17 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
         load_checkpoint(model, tmp_path / "nowhere.pth")
     junk = tmp_path / "junk.pth"
-    junk.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"junk\.pth: not a file of tensors"):
-        load_checkpoint(model, junk)
+    for contents in (
+        b"",
+        b"not weights",
+        b"root:x:0:0:root:/root:/bin/bash\n",
+        b"\x89PNG\r\n",
+        b"PK\x03\x04",
+        bytes(range(256)),
+    ):
+        junk.write_bytes(contents)
+        with pytest.raises(ValueError, match=r"junk\.pth: not a file of tensors"):
+            load_checkpoint(model, junk)
     torch.save({"model": model}, junk)  # a pickled network would run code when it is loaded
     with pytest.raises(ValueError, match="weights_only=True"):
         load_checkpoint(model, junk)

@@ -331,30 +331,3 @@ def test_norms_in_both_modes():
     module.att_layers[0][1][1].eval()
     with pytest.raises(ValueError, match="must all be in training mode or all in eval mode, got both"):
         module(branches())
-
-
-def test_errors_name_what_was_given():
-    x = torch.randn(2, 3, 4, 4)
-    norm = nn.BatchNorm2d(3)
-    with pytest.raises(ValueError, match="norms as many modules, got 1 and 0"):
-        gsto_ops.norm_sum(None, [x], [])
-    with pytest.raises(ValueError, match=r"terms\[1\] must be .* got \(2, 4, 4, 4\)"):
-        gsto_ops.norm_sum(None, [x, torch.randn(2, 4, 4, 4)], [norm, norm])
-    with pytest.raises(ValueError, match="mode must be 'bilinear' or 'nearest', got 'avg'"):
-        gsto_ops.norm_sum(x, [x], [norm], mode="avg")
-    with pytest.raises(ValueError, match="more than one value per channel"):
-        gsto_ops.norm_sum(None, [torch.randn(1, 3, 1, 1)], [norm])
-    with pytest.raises(ValueError, match="split must be positive and add up to the 4 rows"):
-        gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), None, torch.randn(4, 3, 1, 1), split=[3])
-    with pytest.raises(ValueError, match=r"copies and carriers must be 0 to 2 together, .* got 3 and 0"):
-        gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), copies=3)
-    with pytest.raises(ValueError, match=r"copies and carriers must be 0 to 2 together, .* got 3 and -1"):
-        gsto_ops.gated_split(x, torch.randn(2, 3, 1, 1), copies=3, carriers=-1)
-    with pytest.raises(ValueError, match=r"carrier must .* got \(2, 3, 4, 4\) for no gate"):
-        gsto_ops.norm_sum(x, [x], [norm], carrier=x)
-    with pytest.raises(
-        ValueError, match=r"carrier must .* got \(2, 3, 2, 4\) for a gate and input of shape \(2, 3, 4, 4\)"
-    ):
-        gsto_ops.norm_sum(x, [x], [norm], gate=x[:, :1], carrier=x[:, :, :2])
-    with pytest.raises(ValueError, match=r"weight must have shape \(any, 6, 1, 1\)"):
-        gsto_ops.projected_sum([x, x], torch.randn(2, 3, 1, 1))
