@@ -1,14 +1,11 @@
 """Behind a single norm the gradient's passes find where the ReLU was open from the term: the same as from the output."""
 
 import torch
+from gated_kernels import layout
 
 from gsto_ops import reference
 
 SHAPES = [(2, 18, 9, 14), (3, 130, 4, 5), (1, 48, 8, 16), (2, 1, 5, 3), (2, 264, 3, 4), (2, 8, 33, 10), (0, 18, 4, 4)]
-
-
-def layout(tensor, channels_last):
-    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def compare_masks(ops, shape, dtype, channels_last, device="cpu"):

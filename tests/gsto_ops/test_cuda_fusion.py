@@ -6,10 +6,10 @@ They run in the emulator, and on a GPU where there is one.
 import pytest
 import single_norm
 import torch
+from gated_kernels import DTYPES, layout
 
 from gsto_ops import reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the results' rounding: a unit in the last place of the largest value, or the float32 arithmetic's.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 NO_NORMS = ([], [], [], [], [])
@@ -23,10 +23,6 @@ def ops(cuda_operators):
 @pytest.fixture(params=[False, True], ids=["nchw", "channels_last"])
 def channels_last(request):
     return request.param
-
-
-def layout(tensor, channels_last):
-    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def wide(value):
