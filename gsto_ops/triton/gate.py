@@ -347,8 +347,8 @@ def gate_backward(
         rows[0],
         cols[0],
         precision=precision(),
-        # The mask of 8192 elements: 112 bytes per thread do not fit; nor do 56 of float32 taps with aligned corners.
-        tight=wide or (weight is None and (relu or (r.align_corners and input.element_size() == 4))),
+        # The mask of 8192 elements: 112 bytes per thread do not fit; nor do 56 of taps with aligned corners.
+        tight=wide or (weight is None and (relu or r.align_corners)),
     )
 
     def run(config: configs.Config) -> Tensor:
