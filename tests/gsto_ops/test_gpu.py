@@ -5,6 +5,7 @@ The values themselves are swept in test_sweep.py.
 
 import pytest
 import torch
+from opchecked import OPERATORS, check_operator
 
 import gsto_models
 import gsto_ops
@@ -194,6 +195,11 @@ def test_autocast_on_the_gpu(backend, layout):
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(backend, name):
+    check_operator("gsto_triton" if backend == "triton" else "gsto_ops", name, "cuda")
 
 
 # one of each: the compiler takes a minute for a network

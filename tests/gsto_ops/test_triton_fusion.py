@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from carriers import compare_carriers
 from gated_kernels import DTYPES, layout, layouts, parameter
 from interpreted import TINY, assert_close
+from opchecked import OPERATORS, check_operator
 
 import gsto_ops
 from gsto_ops import reference
@@ -295,6 +296,11 @@ def sweep_update_running_statistics(dtype, momentum, counts):
     tiny = TINY.get(dtype, 1e-6)
     torch.testing.assert_close(buffers, others, rtol=tiny, atol=tiny)
     assert [int(n) for n in buffers[2]] == [4, 6, 6]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def sweep_opcheck(name):
+    check_operator("gsto_triton", name)
 
 
 def everything(x, gate, same, small, dy):
