@@ -68,22 +68,10 @@ def _kernel(
     return output.clone() if output is first else output
 
 
-def _formula(
-    input: Tensor | None,
-    gate: Tensor | None,
-    terms: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    var: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    eps: Sequence[float],
-    training: bool,
-    counts: Tensor | None,
-    group: str | None,
-    *others: Any,
-) -> Tensor:
+def _formula(*operands: Any) -> Tensor:
     """In forward mode the statistics of the batch, which were made before without tangents, are made again."""
-    if training and terms and mean:
+    input, gate, terms, mean, var, weight, bias, eps, training, counts, group, *others = operands
+    if training and mean:
         if group is not None:
             raise RuntimeError("batch_norm_sum: no forward mode through statistics of several processes")
         mean, var = zip(*map(reference.channel_statistics, terms), strict=True)
