@@ -11,7 +11,6 @@ import pytest
 import torch
 from made_data import make_cityscapes
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gsto_benchmarks.errors import UsageError
 from gsto_benchmarks.segmentation import CityscapesData, DataError, LIPData, PascalContextData
@@ -228,8 +227,9 @@ def test_training_needs_the_metric_that_chooses_the_best():
 def held():
     """Bytes of all tensors that are alive, and of what Python and NumPy hold."""
     gc.collect()
-    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    tensors = [tensor for tensor in alive if not isinstance(tensor, FakeTensor)]  # other tests' tensors without memory
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    # Other tests may have left tensors without memory of this kind.
+    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and tensor.device.type == "cpu"]
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(sizes.values()), tracemalloc.get_traced_memory()[0]
 
