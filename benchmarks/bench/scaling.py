@@ -18,7 +18,7 @@ import gsto_models
 
 from . import pictures, report
 from .options import at_least, use_threads
-from .step import Bench, check_gradients, prepare, seconds
+from .step import Bench, check_gradients, images_to_check, prepare, seconds
 from .traffic import VARIANTS
 
 AXES = {"batch": "images", "resolution": "pixels of an image", "width": "channels of the first branch", "gpus": "GPUs"}
@@ -108,9 +108,7 @@ def run(argv: Sequence[str], description: str) -> int:
     rows, notes, figures = [], [], {}
     axes = options.axis or list(AXES)
     if set(axes) != {"gpus"}:
-        small = torch.randn(2, 3, 64, 128, device=device).contiguous(memory_format=torch.channels_last)
-        trunk = "w48" if cuda else "w18_small_v2"
-        notes.append(check_gradients(trunk, small, torch.randint(0, 19, (2, 64, 128), device=device)))
+        notes.append(check_gradients("w48" if cuda else "w18_small_v2", *images_to_check(device)))
     for axis in axes:
         title = f"Cost of a training step over {AXES[axis]}"
         if axis == "gpus":

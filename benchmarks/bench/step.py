@@ -123,8 +123,17 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def images_to_check(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and labels for the checks before the rounds."""
+    images = torch.randn(8, 3, 128, 256, device=device).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, 19, (8, 128, 256), device=device)
+
+
 def check_gradients(trunk: str, images: Tensor, labels: Tensor) -> str:
     """Compare the fused network's and the plain composition's gradients with float64's; returns the result as a sentence.
+
+    The gradients are those of every two images, taken together: of a fresh network most of the error comes from the few ReLUs
+    that rounding opens or closes, and of 2 x 64x128 alone either network's was up to 95 times the other's, depending on the seed.
 
     Raises:
         AssertionError: the fused one's error is more than twice the plain one's.
@@ -135,8 +144,12 @@ def check_gradients(trunk: str, images: Tensor, labels: Tensor) -> str:
     for variant, dtype in ((VARIANTS[1], torch.float64), (VARIANTS[1], torch.float32), (VARIANTS[2], torch.float32)):
         network = variant.build(trunk).to(images.device, dtype, memory_format=torch.channels_last)
         network.load_state_dict(state)
-        variant.loss(network(images.to(dtype)), labels, dtype).backward()
-        grads.append(torch.cat([p.grad.flatten().double() for p in network.parameters() if p.grad is not None]))
+        parts = []
+        for x, y in zip(images.to(dtype).split(2), labels.split(2), strict=True):
+            network.zero_grad()
+            variant.loss(network(x), y, dtype).backward()
+            parts += [p.grad.flatten().double() for p in network.parameters() if p.grad is not None]
+        grads.append(torch.cat(parts))
     composed, fused = (float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
     assert fused <= 2 * composed + 1e-6, (
         f"error of the fused gradients: {fused:.1e}, of the plain composition's: {composed:.1e}"
@@ -301,9 +314,8 @@ def _run(argv: Sequence[str], description: str, training: bool) -> int:
     use_threads(options.threads)
     height, width = parse_size(options.size)
     device = torch.device("cuda" if cuda else "cpu")
-    small = torch.randn(2, 3, 64, 128, device=device).contiguous(memory_format=torch.channels_last)
     check = check_gradients if training else check_outputs
-    checked = check(options.trunk, small, torch.randint(0, 19, (2, 64, 128), device=device))
+    checked = check(options.trunk, *images_to_check(device))
     rows = measure(options.trunk, options.batch, (height, width), training, options.rounds, options.compile, device)
     what = "Training step" if training else "Inference"
     title = f"{what} of {options.trunk}, {options.batch} x {height}x{width}"
