@@ -239,10 +239,18 @@ def _supervised_gated_scale_transfer(
 
 
 def _class_map(input: Tensor, class_weight: Tensor, class_bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution; in NCHW on a CPU as a matrix product, which takes half of the time, with backward."""
-    if input.device.type != "cpu" or not input.is_contiguous():
+    """A 1x1 convolution; in NCHW on a CPU as a matrix product, which takes half of the time, with backward.
+
+    Compilers and exporters get the convolution: what it becomes is theirs to choose.
+    """
+    if (
+        input.device.type != "cpu"
+        or not input.is_contiguous()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
         return F.conv2d(input, class_weight, class_bias)
-    weight, pixels = class_weight.flatten(1).expand(len(input), -1, -1), input.flatten(2)
+    weight, pixels = class_weight.flatten(1).expand(input.shape[0], -1, -1), input.flatten(2)
     product = torch.bmm(weight, pixels) if class_bias is None else torch.baddbmm(class_bias[:, None], weight, pixels)
     return product.unflatten(2, input.shape[2:])
 

@@ -87,25 +87,17 @@ def gated_split(
             f"got {copies} and {carriers}"
         )
     act = checks.check_activation(activation)
-    operands = (gate_weight, gate_bias, weight, list(split), copies, act, carriers)
-    return Split(*_outside_autocast(_gated_split, input, *operands))
+    operands = (gate_weight, gate_bias, weight, list(split), copies, act)
+    return Split(*_outside_autocast(_gated_split, input, *operands, carriers))
 
 
-def _gated_split(
-    input: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    weight: Tensor | None,
-    split: list[int],
-    copies: int,
-    activation: str,
-    carriers: int = 0,
-) -> tuple[Any, ...]:
-    operands = (input, gate_weight, gate_bias, weight, split, copies, activation)
+def _gated_split(input: Tensor, *operands: Any) -> tuple[Any, ...]:
+    """The last operand: how many carriers."""
     operators = _operators("gated_split", input)
     if operators is not None:
-        return operators.gated_split(*operands, carriers)
-    projected, gated, gate, mean, var = reference.gated_split(*operands)
+        return operators.gated_split(input, *operands)
+    *operands, carriers = operands  # type: ignore[assignment]
+    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
     # Autograd knows the gradient of gate * input: no carrier needs one.
     return projected, gated + new_carriers(input, carriers), gate, mean.detach(), var.detach()
 
@@ -132,7 +124,7 @@ class _GatedConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, input, gate_weight, gate_bias = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
-        _, (gated,), *_ = _gated_split(input, gate_weight, gate_bias, None, [], 1, ctx.activation)
+        _, (gated,), *_ = _gated_split(input, gate_weight, gate_bias, None, [], 1, ctx.activation, 0)
         wanted = (*ctx.needs_input_grad[:2], False)
         grad_gated, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, gated, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted

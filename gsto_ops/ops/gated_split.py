@@ -35,24 +35,15 @@ BACKWARD_SCHEMA = (
 Outputs = tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]
 
 
-def _kernel(
-    input: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    weight: Tensor | None,
-    split: Sequence[int],
-    copies: int,
-    activation: str,
-    carriers: int = 0,
-) -> Outputs:
-    operands = (input, gate_weight, gate_bias, weight, split, copies, activation)
-    projected, gated, gate, mean, var = reference.gated_split(*operands)
+def _kernel(input: Tensor, *operands: Any) -> Outputs:
+    operands, carriers = operands[:6], operands[6:]
+    projected, gated, gate, mean, var = reference.gated_split(input, *operands)
     layout = layout_of(input)
     projected, gated = ([x.contiguous(memory_format=layout) for x in maps] for maps in (projected, gated))
-    return projected, gated + new_carriers(input, carriers), gate.contiguous(), mean, var
+    return projected, gated + new_carriers(input, *carriers), gate.contiguous(), mean, var
 
 
-def new_carriers(input: Tensor, count: int) -> list[Tensor]:
+def new_carriers(input: Tensor, count: int = 0) -> list[Tensor]:
     """Zeros of the shape of ``input`` that are one element in memory."""
     return [input.new_zeros(()).expand(input.shape) for _ in range(count)]
 

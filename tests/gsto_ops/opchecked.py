@@ -5,18 +5,9 @@ Of ``batch_norm_sum_``, which is for CPUs alone, see test_norm_sum_in_place.py.
 
 import torch
 
-OPERATORS = (
-    "affine_scale_transfer",
-    "batch_norm_sum",
-    "channel_statistics",
-    "gated_batch_norm_transfer",
-    "gated_projection",
-    "gated_pyramid_pool",
-    "gated_scale_transfer",
-    "gated_split",
-    "update_running_statistics_",
-    "upsample_cross_entropy",
-)
+from gsto_ops.ops.library import operators
+
+OPERATORS = sorted(name for name in vars(operators["gsto_triton"]) if "_backward" not in name)
 
 
 def operands(name, device):

@@ -99,3 +99,22 @@ def test_text_and_errors():
             complexity(model, size)
     with pytest.raises(ValueError, match="H, W >= 32"):
         complexity(model, (16, 64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_class_map_is_counted_in_either_layout(bias):
+    """On a CPU it is a matrix product in NCHW and a convolution in channels_last."""
+
+    class Net(nn.Module):
+        def __init__(self, memory_format):
+            super().__init__()
+            self.memory_format = memory_format
+            self.predictor, self.gate = nn.Conv2d(3, 7, 1, bias=bias), nn.Conv2d(7, 1, 1, bias=False)
+
+        def forward(self, x):
+            x = x.contiguous(memory_format=self.memory_format)
+            predictor, gate = (self.predictor.weight, self.predictor.bias), self.gate.weight
+            return gsto_ops.supervised_gated_scale_transfer(x, *predictor, gate, size=(4, 8))[0]
+
+    nchw, nhwc = (complexity(Net(f), (16, 32)) for f in (torch.contiguous_format, torch.channels_last))
+    assert nchw.macs_as_executed == nhwc.macs_as_executed >= 7 * 3 * 16 * 32
