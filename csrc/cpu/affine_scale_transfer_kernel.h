@@ -69,7 +69,9 @@ struct AffineScaleTransfer {
   }
 
   void forward() const {
-    if (!identity && is_run<S>(p.input, p.channels)) {
+    if (!identity && planar_resampling(call.rows, p.input, p.output)) {
+      p.relu ? forward_planes_resampled<true>() : forward_planes_resampled<false>();
+    } else if (!identity && is_run<S>(p.input, p.channels)) {
       p.relu ? forward_run<true>() : forward_run<false>();
     } else if (!identity) {
       resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
@@ -105,28 +107,61 @@ struct AffineScaleTransfer {
                    });
   }
 
-  // NCHW without resampling needs no transposition: calls f(n, c, h, pixels) for each plane, or for its rows.
-  template <class F>
-  void visit_planes(const Pixels& lines, int64_t begin, int64_t end, const F& f) const {
-    for (int64_t task = begin; task < end; ++task)
-      for (int64_t h = 0; h < lines.height; ++h) f(task / p.channels, task % p.channels, h, lines.width);
+  // Whether the map of more rows is planar, so that a resampling need not transpose it.
+  static bool planar_resampling(const AxisView& rows, const TensorView& from, const TensorView& to) {
+    return planar(rows.out <= rows.in ? from : to);
   }
 
+  template <bool kRelu>
+  void forward_planes_resampled() const {
+    const PlaneResampler<S> resampler(p.batch, p.channels, call.rows, call.cols);
+    parallel_for(call, resampler.tasks(), [&](int64_t begin, int64_t end) {
+      if (call.rows.out <= call.rows.in) {
+        const auto value = [&](int64_t c) {
+          const Vec<A> factor = Vec<A>{} + scale.data()[c], offset = Vec<A>{} + shift.data()[c];
+          return [=](Vec<A> x) { return kRelu ? relu(factor * x + offset) : factor * x + offset; };
+        };
+        resampler.rows_first(
+            begin, end, p.input, value,
+            [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t count, const A* pixels) {
+              store_pixels<S>(from_channel<S>(p.output, c), channels, n, h, w, count, pixels);
+            });
+        return;
+      }
+      resampler.columns_first(
+          begin, end,
+          [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t count, A* pixels) {
+            load_pixels<S>(from_channel<S>(p.input, c), channels, n, h, w, count, pixels);
+            const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
+            for (int64_t i = 0; i < count; ++i, pixels += kLanes<A>) {
+              const Vec<A> y = factor * load(pixels) + offset;
+              store(pixels, kRelu ? relu(y) : y);
+            }
+          },
+          [&](int64_t n, int64_t c, int64_t h, int64_t w, int64_t count, const A* line) {
+            S* to = mutable_pixel<S>(p.output, n, h, w) + c * p.output.stride_c;
+            prefetch_line<1>(to + 2 * p.output.stride_c, count);
+            store_channels(to, count, line);
+          },
+          [](int64_t, int64_t) {});
+    });
+  }
+
+  // NCHW without resampling needs no transposition either.
   void forward_planes() const {
     const Pixels lines = pixels_of({});
     parallel_for(call, p.batch * p.channels, [&](int64_t begin, int64_t end) {
-      visit_planes(lines, begin, end, [&](int64_t n, int64_t c, int64_t h, int64_t width) {
-        const S* from = pixel<S>(p.input, n, h, 0) + c * p.input.stride_c;
-        S* to = mutable_pixel<S>(p.output, n, h, 0) + c * p.output.stride_c;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / p.channels, c = task % p.channels;
         const A factor = scale.data()[c], offset = shift.data()[c];
-        for_blocks<A>(width, [&](int64_t first, int64_t valid) {
-          if (valid == kLanes<A>) {
-            store(to + first, activate(factor * load(from + first) + offset));
-          } else {
-            store_some(to + first, activate(factor * load_some(from + first, valid) + offset), valid);
-          }
-        });
-      });
+        for (int64_t h = 0; h < lines.height; ++h) {
+          const S* from = pixel<S>(p.input, n, h, 0) + c * p.input.stride_c;
+          S* to = mutable_pixel<S>(p.output, n, h, 0) + c * p.output.stride_c;
+          for_blocks<A>(lines.width, [&](int64_t first, int64_t valid) {
+            store_valid(to + first, activate(factor * load_valid(from + first, valid) + offset), valid);
+          });
+        }
+      }
     });
   }
 
@@ -166,6 +201,8 @@ struct AffineScaleTransfer {
 
   void backward() const {
     if (identity && planar(p.input) && planar(p.grad_output) && planar(p.grad_input)) return backward_planes();
+    if (!identity && planar_resampling(call.rows_transposed, p.grad_output, p.input) && planar(p.grad_input))
+      return backward_planes_resampled();
     const bool runs = is_run<S>(p.input, p.channels) && is_run<S>(p.grad_input, p.channels);
     // From u, a run of the gradient of act's result; tile may be u.
     const auto finish = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto* u, int64_t u_row, A* tile,
@@ -213,26 +250,83 @@ struct AffineScaleTransfer {
     reduction.template store_totals<A>(row, p.channels, p.grad_shift);
   }
 
+  void backward_planes_resampled() const {
+    constexpr int64_t lanes = kLanes<A>;
+    const PlaneResampler<S> resampler(p.batch, p.channels, call.rows_transposed, call.cols_transposed);
+    Reduction<A> reduction(resampler.tasks(), 2 * row);
+    reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
+      if (call.rows_transposed.out <= call.rows_transposed.in) {
+        const Buffer<A> buffer(p.in_width * lanes);
+        resampler.rows_first(
+            begin, end, p.grad_output, [](int64_t) { return [=](Vec<A> u) { return u; }; },
+            [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t count, A* u) {
+              load_pixels<S>(from_channel<S>(p.input, c), channels, n, h, w, count, buffer.data());
+              const Vec<A> factor = load(scale.data() + c), offset = load(shift.data() + c);
+              Vec<A> sum[2] = {load(sums + c), load(sums + row + c)};
+              for (int64_t i = 0; i < count; ++i) {
+                A* at = u + i * lanes;
+                store(at, backward_vector(load(at), load(buffer.data() + i * lanes), factor, offset, sum));
+              }
+              for (int64_t s = 0; s < 2; ++s) store(sums + s * row + c, sum[s]);
+              store_pixels<S>(from_channel<S>(p.grad_input, c), channels, n, h, w, count, u);
+            });
+        return;
+      }
+      const Buffer<A> plane_sums(2 * lanes * lanes);
+      fill_pixels(plane_sums.data(), 2 * lanes * lanes, A(0));
+      resampler.columns_first(
+          begin, end,
+          [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t count, A* pixels) {
+            load_pixels<S>(from_channel<S>(p.grad_output, c), channels, n, h, w, count, pixels);
+          },
+          [&](int64_t n, int64_t c, int64_t h, int64_t w, int64_t count, const A* u) {
+            const S* x = pixel<S>(p.input, n, h, w) + c * p.input.stride_c;
+            S* to = mutable_pixel<S>(p.grad_input, n, h, w) + c * p.grad_input.stride_c;
+            prefetch_line(x + 2 * p.input.stride_c, count);
+            prefetch_line<1>(to + 2 * p.grad_input.stride_c, count);
+            line_backward(x, u, count, c, to, plane_sums.data() + c % lanes * 2 * lanes);
+          },
+          [&](int64_t c, int64_t channels) {
+            for (int64_t i = 0; i < 2 * channels; ++i) {
+              A* sum = plane_sums.data() + i * lanes;
+              sums[i % 2 * row + c + i / 2] += sum_lanes<A>(load(sum));
+              store(sum, Vec<A>{});
+            }
+          });
+    });
+    reduction.template store_totals<A>(0, p.channels, p.grad_scale);
+    reduction.template store_totals<A>(row, p.channels, p.grad_shift);
+  }
+
+  // A row of one plane; adds to two vectors of sums.
+  template <class U>
+  void line_backward(const S* x, const U* u, int64_t count, int64_t c, S* to, A* sums) const {
+    const Vec<A> factor = Vec<A>{} + scale.data()[c], offset = Vec<A>{} + shift.data()[c];
+    Vec<A> sum[2] = {load(sums), load(sums + kLanes<A>)};
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>)
+      store(to + i, backward_vector(load(u + i), load(x + i), factor, offset, sum));
+    if (i < count) {
+      const Vec<A> value = load_some(x + i, count - i);
+      store_some(to + i, backward_vector(load_some(u + i, count - i), value, factor, offset, sum), count - i);
+    }
+    store(sums, sum[0]);
+    store(sums + kLanes<A>, sum[1]);
+  }
+
   void backward_planes() const {
     const Pixels lines = pixels_of(p.grad_output);
     const Buffer<A> sums(2 * p.batch * p.channels);  // of each plane
     parallel_for(call, p.batch * p.channels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 2 * begin; i < 2 * end; ++i) sums.data()[i] = 0;
-      visit_planes(lines, begin, end, [&](int64_t n, int64_t c, int64_t h, int64_t width) {
-        const S* x = pixel<S>(p.input, n, h, 0) + c * p.input.stride_c;
-        const S* grad = pixel<S>(p.grad_output, n, h, 0) + c * p.grad_output.stride_c;
-        S* to = mutable_pixel<S>(p.grad_input, n, h, 0) + c * p.grad_input.stride_c;
-        const Vec<A> factor = Vec<A>{} + scale.data()[c], offset = Vec<A>{} + shift.data()[c];
-        Vec<A> sum[2] = {};
-        int64_t i = 0;
-        for (; i + kLanes<A> <= width; i += kLanes<A>)
-          store(to + i, backward_vector(load(grad + i), load(x + i), factor, offset, sum));
-        if (i < width) {
-          const Vec<A> u = load_some(grad + i, width - i), value = load_some(x + i, width - i);
-          store_some(to + i, backward_vector(u, value, factor, offset, sum), width - i);
-        }
-        for (int64_t s = 0; s < 2; ++s) sums.data()[2 * (n * p.channels + c) + s] += sum_lanes<A>(sum[s]);
-      });
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / p.channels, c = task % p.channels;
+        A plane_sums[2 * kLanes<A>] = {};
+        for (int64_t h = 0; h < lines.height; ++h)
+          line_backward(pixel<S>(p.input, n, h, 0) + c * p.input.stride_c,
+                        pixel<S>(p.grad_output, n, h, 0) + c * p.grad_output.stride_c, lines.width, c,
+                        mutable_pixel<S>(p.grad_input, n, h, 0) + c * p.grad_input.stride_c, plane_sums);
+        for (int64_t s = 0; s < 2; ++s) sums.data()[2 * task + s] = sum_lanes<A>(load(plane_sums + s * kLanes<A>));
+      }
     });
     for (int64_t c = 0; c < p.channels; ++c) {
       A totals[2] = {};

@@ -21,6 +21,8 @@ MODES = (("bilinear", False), ("bilinear", True), ("avg", False), ("nearest", Fa
 RESAMPLED = {
     "up2": (2, 18, 36, (7, 9), (14, 18)),
     "up8, wide map": (1, 36, 5, (3, 40), (24, 320)),
+    "up2, rows of several blocks": (1, 5, None, (3, 550), (6, 1100)),
+    "down2, rows of several blocks": (1, 5, None, (6, 1100), (3, 550)),
     "down2, odd": (3, 130, 19, (9, 11), (5, 6)),
     "down, windows overlap": (1, 36, None, (8, 12), (5, 7)),
     "down4, several blocks": (1, 130, 18, (36, 72), (9, 18)),
