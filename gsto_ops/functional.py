@@ -231,28 +231,14 @@ def _supervised_gated_scale_transfer(
     *resampling: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     classifier = (class_weight, class_bias, gate_weight, gate_bias)
-    if _operators("gated_scale_transfer", input) is None:
+    backend = backends.select_for("gated_scale_transfer", input)
+    if backend == "reference":
         return reference.supervised_gated_scale_transfer(input, *classifier, weight, bias, *resampling)
-    class_map = _class_map(input, class_weight, class_bias)
+    # Compilers and exporters get the convolution, as GPUs do: what it becomes is theirs to choose.
+    native = backend == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    class_map = library.operators["gsto_ops"].class_map if native else F.conv2d
     output, gate = _gated_scale_transfer(input, *collapse_gate(*classifier), weight, bias, *resampling)
-    return output, class_map, gate
-
-
-def _class_map(input: Tensor, class_weight: Tensor, class_bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution; in NCHW on a CPU as a matrix product, which takes half of the time, with backward.
-
-    Compilers and exporters get the convolution: what it becomes is theirs to choose.
-    """
-    if (
-        input.device.type != "cpu"
-        or not input.is_contiguous()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ):
-        return F.conv2d(input, class_weight, class_bias)
-    weight, pixels = class_weight.flatten(1).expand(input.shape[0], -1, -1), input.flatten(2)
-    product = torch.bmm(weight, pixels) if class_bias is None else torch.baddbmm(class_bias[:, None], weight, pixels)
-    return product.unflatten(2, input.shape[2:])
+    return output, class_map(input, class_weight, class_bias), gate
 
 
 def collapse_gate(

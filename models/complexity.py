@@ -113,8 +113,10 @@ class _MultiplyAdds(TorchDispatchMode):
             self._add(args[0][:, 0].numel() * args[0].shape[1] * rows)
         elif func is torch.ops.gsto_ops.gated_pyramid_pool.default:
             self._add(args[0].numel() * args[1].shape[0])  # the logits of all gates
-        elif func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
-            self._add(output.numel() * args[-1].shape[1])
+        elif func is torch.ops.gsto_ops.class_map.default:
+            self._add(output.numel() * args[0].shape[1])
+        elif func is torch.ops.aten.bmm.default:
+            self._add(output.numel() * args[0].shape[2])
         return output
 
     def add_class_map(self, head: nn.Module, inputs: tuple[Tensor]) -> None:

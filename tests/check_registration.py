@@ -18,8 +18,8 @@ NAMES = (
 )
 operators = [name + suffix for name in NAMES for suffix in ("", "_backward")]
 operators += ["batch_norm_sum_backward_terms", "channel_statistics", "update_running_statistics_"]
-# Made of gated_projection and affine_scale_transfer where it has no kernel of its own.
-composed = {"gated_batch_norm_transfer": "CUDA", "gated_batch_norm_transfer_backward": "CUDA"}
+# For CPUs alone. Elsewhere they are made of others: of gated_projection and affine_scale_transfer, and of a convolution.
+composed = [name + suffix for name in ("gated_batch_norm_transfer", "class_map") for suffix in ("", "_backward")]
 operators += composed
 missing = []
 for name in operators:
@@ -29,7 +29,7 @@ for name in operators:
     if len(set(schemas)) != 1:
         missing.append(f"{name}: schemas differ: {schemas}")
     for key in ("CPU", "CUDA", "Meta"):
-        if composed.get(name) == key:
+        if name in composed and key == "CUDA":
             continue
         has_fake = key == "Meta" and torch._library.simple_registry.singleton.find(f"gsto_ops::{name}").fake_impl.kernel
         if not has_fake and not torch._C._dispatch_has_kernel_for_dispatch_key(f"gsto_ops::{name}", key):

@@ -153,6 +153,23 @@ def supervised(name: str, channels: int, out: int, classes: int, size: tuple[int
     )
 
 
+def class_map(name: str, channels: int, classes: int, size: tuple[int, int]) -> Case:
+    """class_map, which on a GPU is PyTorch's convolution. Reformulated: a matrix product."""
+
+    def ours(x: Tensor, class_weight: Tensor, class_bias: Tensor):
+        return ((operators_of(x) or gsto_ops.reference).class_map(x, class_weight, class_bias),)
+
+    def eager(x: Tensor, class_weight: Tensor, class_bias: Tensor):
+        return (F.conv2d(x, class_weight, class_bias),)
+
+    def reformulated(x: Tensor, class_weight: Tensor, class_bias: Tensor):
+        return (torch.einsum("nchw,oc->nohw", x, class_weight[:, :, 0, 0]) + class_bias[:, None, None],)
+
+    shapes = [(1, channels, *size), (classes, channels, 1, 1), (classes,)]
+    product = channels * classes * math.prod(size)
+    return Case("class_map", name, ours, eager, reformulated, shapes, multiply_adds=product)
+
+
 def projection(name: str, channels: int, out: int, size: tuple[int, int]) -> Case:
     """gated_projection; eager takes the statistics that a batch norm needs."""
 

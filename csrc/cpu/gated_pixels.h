@@ -1,5 +1,5 @@
-// The gate and the projection at the input's resolution, forward and backward: what gated_scale_transfer and
-// gated_projection share. Included once per instruction set.
+// The gate and the projection at the input's resolution, forward and backward: what gated_scale_transfer,
+// gated_projection and class_map share. Included once per instruction set.
 //
 //   g = sigmoid(rho . x + b),  z = act(W (g x) + bias)
 #pragma once
@@ -58,14 +58,10 @@ struct GatedPixels {
       return;
     }
     const bool rho_in_weight = p.out_channels < out_row;
-    if (has_pairs<S>(p.input, p.channels)) {
-      project_x(n, h, w, count, nullptr, space, z);
-      if (!rho_in_weight) dot_with_rho(pixel<S>(p.input, n, h, w), count, gate);
-    } else {
-      const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.tile.data());
-      project_x(n, h, w, count, x, space, z);
-      if (!rho_in_weight) dot_pixels(x, operands.gate_weight.data(), 0, row, count, gate);
-    }
+    const bool from_memory = is_left_operand<S>(p.input, p.channels) && (rho_in_weight || kPairs<S>);
+    const A* x = from_memory ? nullptr : tile_of<S>(p.input, p.channels, n, h, w, count, space.tile.data());
+    project_x(n, h, w, count, x, space, z);
+    if (!rho_in_weight) dot_with_rho(pixel<S>(p.input, n, h, w), x, count, gate);
     if (rho_in_weight) {
       for (int64_t i = 0; i < count; ++i) gate[i] = z[i * out_row + p.out_channels];
     }
@@ -76,16 +72,19 @@ struct GatedPixels {
   // W x. The tile x is not used where the pixels in memory will do.
   void project_x(int64_t n, int64_t h, int64_t w, int64_t count, const A* x, const Input& space, A* z) const {
     Left<S> left;
-    if (has_pairs<S>(p.input, p.channels)) {
-      left = {reinterpret_cast<const Factor<S>*>(pixel<S>(p.input, n, h, w)), p.input.stride_w / 2};
+    if (is_left_operand<S>(p.input, p.channels)) {
+      left = {reinterpret_cast<const Factor<S>*>(pixel<S>(p.input, n, h, w)),
+              kPairs<S> ? p.input.stride_w / 2 : p.input.stride_w};
     } else {
       left = left_operand<S>(x, count, row, space.factors.data());
     }
     project<S>(left, count, p.channels, operands.weight_by_row, p.out_channels, z);
   }
 
-  void dot_with_rho(const S* x, int64_t count, A* gate) const {
-    if constexpr (kPairs<S>) dot_pairs(x, p.input.stride_w, operands.gate_pairs.data(), p.channels, count, gate);
+  // rho . x, of the tile, or without one of pairs in memory.
+  void dot_with_rho(const S* pixels, const A* x, int64_t count, A* gate) const {
+    if (x) return dot_pixels(x, operands.gate_weight.data(), 0, row, count, gate);
+    if constexpr (kPairs<S>) dot_pairs(pixels, p.input.stride_w, operands.gate_pairs.data(), p.channels, count, gate);
   }
 
   // z = act(g z + bias), g being 1 without a gate.

@@ -13,6 +13,7 @@
 #include "cpu/gated_pixels.h"
 #include "cpu/gated_scale_transfer_kernel.h"
 #include "cpu/gated_projection_kernel.h"
+#include "cpu/class_map_kernel.h"
 #include "cpu/affine_scale_transfer_kernel.h"
 #include "cpu/gated_pyramid_pool_kernel.h"
 #include "cpu/batch_norm_sum_kernel.h"
@@ -39,7 +40,9 @@ constexpr Kernels kernels(const char* name) {
           gated_split,
           gated_split_backward,
           upsample_cross_entropy,
-          upsample_cross_entropy_backward};
+          upsample_cross_entropy_backward,
+          class_map,
+          class_map_backward};
 }
 }  // namespace gsto::cpu::GSTO_ISA
 // clang-format on

@@ -28,6 +28,7 @@ struct Kernels {
   Kernel<BatchNormSumParams> batch_norm_sum, batch_norm_sum_backward, batch_norm_sum_backward_terms;
   Kernel<GatedSplitParams> gated_split, gated_split_backward;
   Kernel<UpsampleCrossEntropyParams> upsample_cross_entropy, upsample_cross_entropy_backward;
+  Kernel<ClassMapParams> class_map, class_map_backward;
 };
 
 extern const Kernels kBaselineKernels;

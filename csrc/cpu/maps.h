@@ -74,10 +74,16 @@ struct Left {
   int64_t row;
 };
 
-// Whether the pixels of this map are left operands where they lie: pairs of channels.
+// Whether the pixels of this map are pairs of channels where they lie.
 template <class S>
 inline bool has_pairs(const TensorView& t, int64_t channels) {
   return kPairs<S> && t.stride_c == 1 && t.stride_w % 2 == 0 && channels % 2 == 0;
+}
+
+// Whether they are left operands: these pairs, or channels that need no conversion.
+template <class S>
+inline bool is_left_operand(const TensorView& t, int64_t channels) {
+  return has_pairs<S>(t, channels) || (std::is_same_v<S, Factor<S>> && t.stride_c == 1);
 }
 
 // A tile as the left operand: itself, or rounded to bfloat16 in the buffer.

@@ -49,7 +49,8 @@ struct Operands {
         matrix_pairs(kPairs<S> && p.weight.data && with_gradients ? steps<S>(p.out_channels) * padded<A>(p.channels)
                                                                   : 0),
         transposed_pairs(kPairs<S> && p.weight.data && with_x ? steps<S>(p.channels) * padded<A>(p.out_channels) : 0) {
-    fill_padded<S>(p.gate_weight, p.gate_weight.stride_c, p.channels, gate_weight.data());
+    fill_padded<S>(p.gate_weight, p.gate_weight.stride_c, p.gate_weight.data ? p.channels : 0, gate_weight.data(),
+                   padded<A>(p.channels));
     fill_padded<S>(p.bias, p.bias.stride_n, p.bias.data ? p.out_channels : 0, bias.data(), padded<A>(p.out_channels));
     if constexpr (kPairs<S>) {
       store(gate_pairs.data() + padded<A>(steps<S>(p.channels)) - kLanes<A>, Bits{});

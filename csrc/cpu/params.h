@@ -14,7 +14,8 @@ struct TensorView {
   int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
 };
 
-// The gate and the projection, at the input's resolution: what gated_scale_transfer and gated_projection share.
+// The gate and the projection, at the input's resolution: what gated_scale_transfer, gated_projection and class_map
+// share.
 struct GatedParams {
   ScalarType dtype = ScalarType::kFloat32;  // of every tensor
   int64_t batch = 0;
@@ -25,7 +26,7 @@ struct GatedParams {
 
   TensorView input;        // (N, C, H, W)
   TensorView gate;         // (N, 1, H, W): written by forward, read by backward
-  TensorView gate_weight;  // (1, C, 1, 1)
+  TensorView gate_weight;  // (1, C, 1, 1), absent without a gate
   TensorView gate_bias;    // (1,) at stride_n; forward only, may be absent
   TensorView weight;       // (C', C, 1, 1), may be absent
   TensorView bias;         // (C',) at stride_n, may be absent
@@ -53,6 +54,12 @@ struct GatedProjectionParams : GatedParams {
   TensorView grad_output;  // (N, C', H, W): backward only, as the rest
   TensorView grad_mean;    // may be absent
   TensorView grad_var;     // may be absent
+};
+
+// A projection without a gate.
+struct ClassMapParams : GatedParams {
+  TensorView output;       // (N, C', H, W): forward only
+  TensorView grad_output;  // (N, C', H, W): backward only
 };
 
 struct AffineScaleTransferParams {

@@ -129,6 +129,14 @@ inline void prefetch_pixels(const TensorView& t, int64_t channels, int64_t n, in
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
+// Asks for a run of one plane ahead of its use: the hardware does not foresee runs that are planes apart. From a cold
+// cache, float32: a gate alone on 18 x 128 x 256 0.27 -> 0.15 ms forward, 0.46 -> 0.28 backward, the class map of 144
+// channels 2.8 -> 2.4 and 4.4 -> 3.9; from a warm one the same or less.
+template <bool kWrite, class S>
+inline void prefetch_run(const S* run, int64_t width) {
+  for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(run + i, kWrite);
+}
+
 // Pixels (n, :, h, w .. w + count - 1) into a tile.
 template <class S, class A = Accumulate<S>>
 inline void load_pixels(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
@@ -143,6 +151,8 @@ inline void load_pixels(const TensorView& t, int64_t channels, int64_t n, int64_
   } else if (stride_w == 1) {
     for (int64_t c = 0; c < channels; c += lanes) {
       const int64_t present = least(lanes, channels - c);
+      for (int64_t i = c + lanes; i < least(c + 2 * lanes, channels); ++i)
+        prefetch_run<false>(from + i * stride_c, count);
       for_blocks<A>(count, [=](int64_t first, int64_t valid) {
         const S* planes = from + c * stride_c + first;
         Vec<A> block[lanes];

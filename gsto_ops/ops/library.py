@@ -55,15 +55,16 @@ def register(
     autocast: bool = True,
     maps: Sequence[str] = (),
     formula: Callable | None = None,
+    triton: bool = True,
 ) -> None:
     """Defines ``name`` and ``name_backward`` in both namespaces with all that the dispatcher asks of them.
 
     ``backward`` is called with ``name_backward`` of the namespace of the forward call, the context, and the grads.
     ``maps`` is for ``torch.vmap``, see ``batching.vmap_rule``. ``formula`` is the operator in plain PyTorch,
-    where ``kernel`` is not.
+    where ``kernel`` is not. Without ``triton`` there are no Triton kernels: ``kernel`` runs in both namespaces.
     """
-    define(name, name, "forward", schema, kernel, fake, maps)
-    define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake)
+    define(name, name, "forward", schema, kernel, fake, maps, triton)
+    define(f"{name}_backward", name, "backward", backward_schema, backward_kernel, backward_fake, triton=triton)
     for namespace, library in libraries.items():
         packet = getattr(torch.ops, namespace)
         overload, backward_overload = getattr(packet, name).default, getattr(packet, f"{name}_backward").default
@@ -82,11 +83,12 @@ def define(
     kernel: Callable,
     fake: Callable,
     maps: Sequence[str] = (),
+    triton: bool = True,
 ) -> None:
     """Defines ``operator`` in both namespaces; Triton's kernel of it is ``function`` in ``gsto_ops/triton/{file}.py``."""
     for namespace, library in libraries.items():
         library.define(operator + schema)
-        if namespace == "gsto_ops":
+        if namespace == "gsto_ops" or not triton:
             library.impl(operator, kernel, "CompositeExplicitAutograd")
         else:
             for key in ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",):

@@ -7,6 +7,7 @@ functions are the default kernels of the backward operators; the forward functio
 from .affine_scale_transfer import affine_scale_transfer, affine_scale_transfer_backward
 from .batch_norm_sum import batch_norm_sum, batch_norm_sum_backward, batch_norm_sum_backward_terms
 from .channel_statistics import channel_statistics
+from .class_map import class_map, class_map_backward
 from .gated_batch_norm_transfer import gated_batch_norm_transfer
 from .gated_projection import gated_projection, gated_projection_backward
 from .gated_pyramid_pool import gated_pyramid_pool, gated_pyramid_pool_backward
@@ -25,6 +26,8 @@ __all__ = [
     "batch_norm_sum_backward",
     "batch_norm_sum_backward_terms",
     "channel_statistics",
+    "class_map",
+    "class_map_backward",
     "gated_batch_norm_transfer",
     "gated_projection",
     "gated_projection_backward",

@@ -26,6 +26,7 @@ def operands(name, device):
         "affine_scale_transfer": (x, leaf(3), leaf(3), *resampling),
         "batch_norm_sum": (None, None, [x], *norm, "relu", "bilinear", False),
         "channel_statistics": (constant(1, 3, 2, 3),),
+        "class_map": (x, weight, leaf(2)),
         "gated_batch_norm_transfer": (x, *gate, weight, leaf(2), leaf(2), 1e-5, *resampling),
         "gated_projection": (x, *gate, weight),
         "gated_pyramid_pool": (x, gates, None, [1, 2]),

@@ -123,6 +123,7 @@ def cases(dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_for
             parameter(dtype, out, channels, 1, 1),
         )
         found[f"gated_projection: {name}"] = ("gated_projection", tensors, ())
+        found[f"class_map: {name}"] = ("class_map", (tensors[0], tensors[3], parameter(dtype, out)), ())
     for name, (batch, channels, size, bins) in POOLED.items():
         levels = len(bins)
         tensors = (
@@ -251,6 +252,8 @@ def calls(x: Tensor) -> list[tuple]:
                 ("gated_batch_norm_transfer", (x, rho, torch.randn(2)[1:], weight, *norm), (1e-3, *resampling))
             )
     found.append(("gated_projection", (x, rho, None, weight), ()))
+    found.append(("class_map", (x, weight, torch.randn(18)[::2]), ()))
+    found.append(("class_map", (x, weight, None), ()))
     found.append(("gated_pyramid_pool", (x, rho.expand(3, -1, -1, -1), torch.randn(1).expand(3)), ([3, 1, 2],)))
     return found
 
@@ -382,6 +385,10 @@ BAD = {
     "gated_projection_backward: mean of dtype": lambda x: OPS.gated_projection_backward(
         x, None, None, None, x, x[:, :1], torch.ones(1, 4, 1, 1), torch.ones(4, 4, 1, 1), x, torch.ones(4).double()
     ),
+    "class_map: class_weight must have shape": lambda x: OPS.class_map(x, torch.ones(3, 5, 1, 1), None),
+    "class_map: class_weight must be": lambda x: OPS.class_map(x, torch.ones(3, 4), None),
+    "class_map: class_bias must have shape": lambda x: OPS.class_map(x, torch.ones(3, 4, 1, 1), torch.ones(4)),
+    "class_map_backward: grad_output must have shape": lambda x: OPS.class_map_backward(x, x, torch.ones(3, 4, 1, 1)),
     "gated_pyramid_pool: gate_weight must have shape": lambda x: OPS.gated_pyramid_pool(
         x, torch.ones(1, 4, 1, 1), None, [1, 2]
     ),

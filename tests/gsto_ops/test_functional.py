@@ -126,6 +126,26 @@ def test_supervised(backend, bias, dtype, atol):
     assert len(gsto_ops.supervised_gated_scale_transfer(**tensors, size=3)) == 2
 
 
+def test_compilers_and_exporters_get_the_class_map_as_a_convolution(backend):
+    x, weight, theta = torch.randn(1, 6, 4, 4), torch.randn(3, 6, 1, 1), torch.randn(1, 3, 1, 1)
+    graphs = []
+
+    def function(x):
+        return gsto_ops.supervised_gated_scale_transfer(x, weight, None, theta, size=2)[1]
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(function, backend=keep, fullgraph=True)(x)
+    graphs.append(str(torch.jit.trace(function, x).inlined_graph))
+    for graph in graphs:
+        assert "conv" in graph and "ops.class_map" not in graph and "ops::class_map" not in graph
+    with torch.profiler.profile() as profile:
+        function(x)
+    assert any("class_map" in event.name for event in profile.events()) == (backend == "cpu")
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(5, 7), (10, 14), (2, 3)])
 def test_layout_follows_the_input(backend, channels_last, size):

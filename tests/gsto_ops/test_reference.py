@@ -135,6 +135,18 @@ def test_gated_scale_transfer_backward(in_size, size, mode, align_corners, activ
     )
 
 
+def test_class_map():
+    x, _, _, w, c = operands((5, 7))
+    expected = np.einsum("nchw,oc->nohw", x.numpy(), w[:, :, 0, 0].numpy()) + c.numpy()[:, None, None]
+    np.testing.assert_allclose(reference.class_map(x, w, c).numpy(), expected, atol=1e-13)
+    check_backward(
+        lambda *t: (reference.class_map(*t),),
+        lambda outputs, grads: reference.class_map_backward(*grads, x, w),
+        (x, w, c),
+        (x, w, c),
+    )
+
+
 def test_gated_projection():
     x, rho, b, w, _ = operands((5, 7))
     output, _, mean, var = reference.gated_projection(x, rho, b, w)

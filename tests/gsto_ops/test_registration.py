@@ -57,6 +57,8 @@ def cases(dtype=torch.float64, memory_format=NCHW, batch=2):
     found["gated_scale_transfer-gate-only"] = ("gated_scale_transfer", gate_only, ("none", *RESAMPLINGS[0]))
     found["gated_projection"] = ("gated_projection", (image(), make(1, 3, 1, 1), make(1), make(2, 3, 1, 1)), ())
     found["gated_projection-no-bias"] = ("gated_projection", (image(), make(1, 3, 1, 1), None, make(2, 3, 1, 1)), ())
+    found["class_map"] = ("class_map", (image(), make(2, 3, 1, 1), make(2)), ())
+    found["class_map-no-bias"] = ("class_map", (image(), make(2, 3, 1, 1), None), ())
     normed = (image(), make(1, 3, 1, 1), None, make(2, 3, 1, 1), vector(2), vector(2))
     arguments = (1e-5, "relu", *RESAMPLINGS[0])
     found["gated_batch_norm_transfer-no-bias"] = ("gated_batch_norm_transfer", normed, arguments)
@@ -88,6 +90,8 @@ def backward_arguments(name, operands, others, optional_grads):
     if name == "gated_batch_norm_transfer":
         rho, _, *weights = rest
         return (grads[0], x, rho, *weights, *outputs[1:], *others[:2], *others[3:])
+    if name == "class_map":
+        return (*grads, x, rest[0])
     if name == "affine_scale_transfer":
         return (*grads, x, *rest, others[0], *others[2:])
     return (*grads, x, outputs[1], rest[0], *others)
@@ -165,6 +169,7 @@ def test_fake_strides_are_the_real_ones(view, size):
         ("gated_scale_transfer", (x, rho, None, weight, None), ("none", *resampling)),
         ("affine_scale_transfer", (x, *affine), ("relu", *resampling)),
         ("gated_projection", (x, rho, None, weight), ()),
+        ("class_map", (x, weight, None), ()),
         ("gated_batch_norm_transfer", (x, rho, None, weight, *norm), (1e-5, "relu", *resampling)),
         ("gated_pyramid_pool", (x, torch.cat([rho, rho]), None), ([1, 2],)),
     ]

@@ -29,6 +29,7 @@ def operands():
         rhos=torch.randn(2, 3, 1, 1, dtype=torch.float64),
         v=torch.randn(3, dtype=torch.float64),
         labels=torch.randint(4, (2, 8, 10)),
+        theta=torch.randn(1, 4, 1, 1, dtype=torch.float64),
     )
 
 
@@ -70,6 +71,17 @@ CALLS = {
     "gated_projection": (
         lambda x, w, o: gsto_ops.gated_projection(x, o.rho, o.b, w)[3],
         lambda x, w, o: reference.gated_projection(x, o.rho, o.b, w)[3],
+    ),
+    "supervised_gated_scale_transfer": (
+        lambda x, w, o: torch.cat(
+            gsto_ops.supervised_gated_scale_transfer(x, w, o.c, o.theta, o.b, scale_factor=1, activation="relu"), 1
+        ),
+        lambda x, w, o: torch.cat(
+            reference.supervised_gated_scale_transfer(x, w, o.c, o.theta, o.b, None, None, "relu", (4, 5), "bilinear")[
+                :2
+            ],
+            1,
+        ),
     ),
     "affine_scale_transfer": (
         lambda x, w, o: gsto_ops.affine_scale_transfer(x, w[0, :, 0, 0], o.v, activation="relu", size=(8, 10)),

@@ -103,7 +103,7 @@ def test_text_and_errors():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_class_map_is_counted_in_either_layout(bias):
-    """On a CPU it is a matrix product in NCHW and a convolution in channels_last."""
+    """On a CPU it is an operator of its own, elsewhere a convolution."""
 
     class Net(nn.Module):
         def __init__(self, memory_format):

@@ -33,6 +33,7 @@ TINY = [
     cases.transfer("up2 8 -> 4", 8, 4, (4, 4), (8, 8), relu=True),
     cases.transfer("same size, 8", 8, None, (3, 5), (3, 5)),
     cases.supervised("down2 8 -> 4", 8, 4, 3, (4, 4), (2, 2)),
+    cases.class_map("8 -> 3", 8, 3, (4, 4)),
     cases.projection("8 -> 4", 8, 4, (4, 4)),
     cases.affine("down2 8", 8, (4, 4), (2, 2), relu=True),
     replace(cases.training("up2 8 -> 4", 8, 4, (4, 4), (8, 8)), images=3),
@@ -79,7 +80,7 @@ def test_three_forms_are_one_function_that_calls_its_operator(case):
         ours = measure.results(case.ours, operands, grads)
     assert measure.error_of(ours, exact) < 1e-12
     assert measure.error_of(measure.results(case.reformulated, operands, grads), exact) < 1e-12
-    # the class map is a convolution of PyTorch's: supervised is no operator of its own
+    # supervised is no operator of its own
     assert {name.removeprefix("supervised_") for name in case.operator.split(" + ")} <= called.names
 
 
