@@ -21,9 +21,10 @@ struct PyramidCall {
     }
     const int64_t levels = static_cast<int64_t>(bins.size());
     op.check("gate_weight", gate_weight, {levels, op.channels, 1, 1});
-    // Eighths of the rows: one image occupies many threads whatever the bins are.
-    row_cuts = cut_axis(op.height, bins, 8);
-    col_cuts = cut_axis(op.width, bins, 1);
+    // Few bins: eighths of the rows, so that one image occupies many threads.
+    row_cuts = cut_axis(op.height, bins);
+    if (row_cuts.size() <= 8) row_cuts = cut_axis(op.height, bins, 8);
+    col_cuts = cut_axis(op.width, bins);
     p.dtype = op.dtype;
     p.batch = op.batch;
     p.channels = op.channels;

@@ -15,6 +15,8 @@
 #include "cpu/gated_projection_kernel.h"
 #include "cpu/class_map_kernel.h"
 #include "cpu/affine_scale_transfer_kernel.h"
+#include "cpu/pyramid_cells.h"
+#include "cpu/pyramid_planes.h"
 #include "cpu/gated_pyramid_pool_kernel.h"
 #include "cpu/batch_norm_sum_kernel.h"
 #include "cpu/channel_statistics_kernel.h"

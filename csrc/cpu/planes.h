@@ -17,6 +17,24 @@ inline void prefetch_line(const S* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, kWrite);
 }
 
+// Lane i is the sum of vector i.
+template <class A>
+inline Vec<A> sum_each(const A* vectors) {
+  Vec<A> rows[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) rows[i] = load(vectors + i * kLanes<A>);
+  transpose<A>(rows);
+  for (int i = 1; i < kLanes<A>; ++i) rows[0] += rows[i];
+  return rows[0];
+}
+
+// Calls f(first, valid) for the vectors of a line; all but the last have a constant number of values.
+template <class A, class F>
+inline void for_parts(int64_t size, const F& f) {
+  int64_t first = 0;
+  for (; first + kLanes<A> <= size; first += kLanes<A>) f(first, std::integral_constant<int64_t, kLanes<A>>());
+  if (first < size) f(first, size - first);
+}
+
 // Works on as many planes at a time as a vector has lanes.
 template <class S>
 class PlaneResampler {

@@ -196,6 +196,18 @@ inline Vec<float> load_first(const float* p, int64_t n) { return _mm512_maskz_lo
 inline Vec<double> load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
 inline void store_first(float* p, Vec<float> v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
 inline void store_first(double* p, Vec<double> v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+inline Vec<float> load_first(const BFloat16* p, int64_t n) {
+  return bit_cast<Vec<float>>(widen(bit_cast<HalfBits>(_mm256_maskz_loadu_epi16((1u << n) - 1, p))) << 16);
+}
+inline Vec<float> load_first(const Float16* p, int64_t n) {
+  return decode_half(widen(bit_cast<HalfBits>(_mm256_maskz_loadu_epi16((1u << n) - 1, p))));
+}
+inline void store_first(BFloat16* p, Vec<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, bit_cast<__m256i>(encode_bfloat16(v)));
+}
+inline void store_first(Float16* p, Vec<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, bit_cast<__m256i>(narrow(encode_half(v))));
+}
 constexpr bool kMasks = true;
 #else
 constexpr bool kMasks = false;
@@ -204,7 +216,7 @@ constexpr bool kMasks = false;
 // The first n <= lanes values (the other lanes are zero), stride elements apart.
 template <class S>
 inline Vec<Accumulate<S>> load_some(const S* p, int64_t n, int64_t stride = 1) {
-  if constexpr (kMasks && std::is_same_v<S, Accumulate<S>>)
+  if constexpr (kMasks)
     if (stride == 1) return load_first(p, n);
   S buffer[kLanes<Accumulate<S>>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
@@ -213,7 +225,7 @@ inline Vec<Accumulate<S>> load_some(const S* p, int64_t n, int64_t stride = 1) {
 
 template <class S>
 inline void store_some(S* p, Vec<Accumulate<S>> v, int64_t n) {
-  if constexpr (kMasks && std::is_same_v<S, Accumulate<S>>) return store_first(p, v, n);
+  if constexpr (kMasks) return store_first(p, v, n);
   S buffer[kLanes<Accumulate<S>>];
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];

@@ -339,6 +339,15 @@ def test_statistics_of_half_precision_maps_are_float32():
         assert (gate.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("bins", [[2], [1, 3]], ids=str)
+def test_a_pyramid_of_planes_in_several_bands(bins: list[int]):
+    """NCHW planes are worked on 4 MiB at a time; an eighth of the rows of this map is 4.3 MiB."""
+    tensors = (torch.randn(1, 64, 64, 1100), torch.randn(len(bins), 64, 1, 1) / 8, torch.randn(len(bins)))
+    case = ("gated_pyramid_pool", tuple(t.double() for t in tensors), (bins,))
+    for found, exact in zip(results(kernel, *case), results(plain, *case), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
+
+
 def test_pyramid_of_one_bin_is_the_mean_and_of_all_bins_the_map():
     # With open gates: independent facts about adaptive average pooling.
     x = torch.randn(2, 20, 5, 5)
