@@ -40,14 +40,13 @@ struct ClassMap : GatedPixels<S> {
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const typename Base::Workspace space(*this, pixels.chunk);
       const Buffer<A> buffer(pixels.chunk * out_row);
+      fill_pixels(space.gate.data(), pixels.chunk, A(1));  // there is none
       pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.tile.data());
         const A* grad = tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, buffer.data());
         A* grad_input = tile_for<S>(p.grad_input, p.channels, n, h, w, space.u.data());
-        this->project_backward(grad, count, space.factors.data(), grad_input);
+        this->projection_backward(grad, nullptr, space.gate.data(), count,
+                                  this->summed_x(n, h, w, count, nullptr, space), grad_input, space, sums);
         finish_tile<S>(p.grad_input, p.channels, n, h, w, count, grad_input);
-        add_pixels(grad, out_row, count, sums + p.out_channels * row);
-        this->add_weight_gradient(grad, x, count, space.factors.data(), space.x_factors.data(), sums);
       });
     });
     this->store_weight_gradients(reduction, 0);

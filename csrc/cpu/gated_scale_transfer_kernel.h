@@ -36,14 +36,14 @@ struct GatedScaleTransfer : GatedPixels<S> {
     return identity && !has_weight && !p.relu && fits(p.input) && fits(from) && fits(to);
   }
 
-  static bool has_runs(const TensorView& t) { return t.stride_c == 1; }
+  static bool in_runs(const TensorView& t) { return t.stride_c == 1; }
 
   void forward() const {
     if (shrinks) {
       forward_blocks();
     } else if (gate_only(planar, p.input, p.output)) {
       forward_planes();
-    } else if (p.channels >= kLanes<A> && gate_only(has_runs, p.input, p.output)) {
+    } else if (p.channels >= kLanes<A> && gate_only(in_runs, p.input, p.output)) {
       forward_runs();
     } else if (identity) {
       forward_whole([&](int64_t n, int64_t h, int64_t w,
@@ -84,12 +84,11 @@ struct GatedScaleTransfer : GatedPixels<S> {
   // The gate alone, channels_last.
   void forward_runs() const {
     const Pixels pixels = this->forward_pixels();
-    const ChannelRuns<S> runs(p.channels);
     parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
       const Buffer<A> gate(padded<A>(pixels.chunk));
       pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-        runs.gate(pixel<S>(p.input, n, h, w), p.input.stride_w, operands.gate_weight.data(), operands.gate_bias, count,
-                  gate.data(), mutable_pixel<S>(p.output, n, h, w), p.output.stride_w);
+        this->runs.gate(pixel<S>(p.input, n, h, w), p.input.stride_w, operands.gate_weight.data(), operands.gate_bias,
+                        count, gate.data(), mutable_pixel<S>(p.output, n, h, w), p.output.stride_w);
         this->store_gate(n, h, w, count, gate.data());
       });
     });
@@ -144,7 +143,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
   void backward() const {
     if (gate_only(planar, p.grad_output, p.grad_input)) {
       backward_planes();
-    } else if (p.channels >= kLanes<A> && gate_only(has_runs, p.grad_output, p.grad_input)) {
+    } else if (p.channels >= kLanes<A> && gate_only(in_runs, p.grad_output, p.grad_input)) {
       backward_runs();
     } else if (identity) {
       Base::backward(this->backward_pixels(this->pixels_per_tile(), p.grad_output), 1,
@@ -171,7 +170,6 @@ struct GatedScaleTransfer : GatedPixels<S> {
 
   void backward_runs() const {
     const Pixels pixels = this->backward_pixels(this->pixels_per_tile(), p.grad_output);
-    const ChannelRuns<S> runs(p.channels);
     Reduction<A> reduction(pixels.tasks(), this->gate_sums());
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const int64_t size = padded<A>(pixels.chunk);
@@ -180,10 +178,11 @@ struct GatedScaleTransfer : GatedPixels<S> {
         const S *u = pixel<S>(p.grad_output, n, h, w), *x = pixel<S>(p.input, n, h, w);
         load_scalars<S>(p.gate, n, h, w, count, gate.data());
         load_optional_scalars<S>(p.grad_gate, n, h, w, count, grad.data());
-        runs.dot(u, p.grad_output.stride_w, x, p.input.stride_w, count, dots.data());
+        this->runs.dot(u, p.grad_output.stride_w, x, p.input.stride_w, count, dots.data());
         sums[row] += gate_gradients(gate.data(), dots.data(), count, grad.data());
-        runs.input_gradient(u, p.grad_output.stride_w, x, p.input.stride_w, operands.gate_weight.data(), gate.data(),
-                            grad.data(), count, sums, mutable_pixel<S>(p.grad_input, n, h, w), p.grad_input.stride_w);
+        this->runs.input_gradient(u, p.grad_output.stride_w, x, p.input.stride_w, operands.gate_weight.data(),
+                                  gate.data(), grad.data(), count, sums, mutable_pixel<S>(p.grad_input, n, h, w),
+                                  p.grad_input.stride_w);
       });
     });
     this->store_gate_gradients(reduction);
@@ -223,6 +222,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
       const Buffer<A> gated(input_width * row), gate(padded<A>(input_width)), pooled(blocks.width * row),
           grad_output(blocks.width * out_row);
       const Workspace space(*this, blocks.width);
+      fill_pixels(space.gate.data(), blocks.width, A(1));  // the gate is in the pooled pixels
       const auto gated_pixels = [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
         const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, buffer);
         load_scalars<S>(p.gate, n, h, w, count, gate.data());
@@ -232,9 +232,9 @@ struct GatedScaleTransfer : GatedPixels<S> {
       const auto project_gradient = [&](int64_t n, int64_t h, int64_t w, int64_t count, const auto& make) {
         make(pooled.data());
         const A* result = tile_of<S>(p.grad_output, p.out_channels, n, h, w, count, grad_output.data());
-        this->project_backward(result, count, space.factors.data(), grad.at(n, h * p.out_width + w));
-        this->add_weight_gradient(result, pooled.data(), count, space.factors.data(), space.x_factors.data(), sums);
-        add_pixels(result, out_row, count, sums + p.out_channels * row);
+        const Factor<S>* x = summed_rows<S>(pooled.data(), count, row, space.x_factors.data());
+        this->projection_backward(result, nullptr, space.gate.data(), count, x, grad.at(n, h * p.out_width + w), space,
+                                  sums);
       };
       for (int64_t task = begin; task < end; ++task)
         resample_block(blocks, blocks.block(task), resampler, gated.data(), gated_pixels, project_gradient);
@@ -264,11 +264,10 @@ struct GatedScaleTransfer : GatedPixels<S> {
         }
         A* u = tile_for<S>(p.grad_input, p.channels, n, h, w, tile.data());
         make(u);
-        const A* x = tile_of<S>(p.input, p.channels, n, h, w, count, space.x.tile.data());
+        const A* x = this->x_tile(n, h, w, count, p.relu, space);
         load_scalars<S>(p.gate, n, h, w, count, space.gate.data());
         if (p.relu) this->mask(x, space.gate.data(), count, u);
         this->gate_backward(n, h, w, count, u, x, space.gate.data(), space.scalars.data(), sums);
-        finish_tile<S>(p.grad_input, p.channels, n, h, w, count, u);
       };
       for (int64_t task = begin; task < end; ++task)
         resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, finish);

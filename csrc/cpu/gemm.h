@@ -21,7 +21,6 @@ struct Gemm {
 
 // 8 x 3 accumulators (AVX-512: 24 of 32 registers) or 4 x 3 (AVX2, SSE: 12 of 16) hide the latency of the multiply-add.
 constexpr int kRowsPerBlock = kVectorBytes == 64 ? 8 : 4;
-constexpr int kVectorsPerBlock = 3;
 // Rows of B taken at once: 128 rows of 3 vectors are 24 KiB at most, and stay in L1 while the rows of A pass by.
 constexpr int64_t kDepth = 128;
 
@@ -65,14 +64,17 @@ inline void gemm(const Gemm<T>& g) {
   constexpr int lanes = kLanes<typename Gemm<T>::C>;
   for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
     const int64_t k1 = k0 + kDepth < g.k ? k0 + kDepth : g.k;
-    for (int64_t j = 0; j < g.n; j += kVectorsPerBlock * lanes) {
+    for (int64_t j = 0; j < g.n;) {
       const int64_t vectors = (g.n - j) / lanes;
-      if (vectors >= 3) {
+      if (vectors == 3 || vectors > 4) {
         gemm_columns<T, 3>(g, j, k0, k1);
-      } else if (vectors == 2) {
+        j += 3 * lanes;
+      } else if (vectors >= 2) {  // four are twice two: one alone takes as long as two
         gemm_columns<T, 2>(g, j, k0, k1);
+        j += 2 * lanes;
       } else {
         gemm_columns<T, 1>(g, j, k0, k1);
+        j += lanes;
       }
     }
   }

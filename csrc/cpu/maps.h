@@ -90,7 +90,8 @@ inline bool is_left_operand(const TensorView& t, int64_t channels) {
 template <class S, class A = Accumulate<S>>
 inline Left<S> left_operand(const A* tile, int64_t count, int64_t row, Factor<S>* buffer) {
   if constexpr (kPairs<S>) {
-    for (int64_t i = 0; i < count * row; i += kLanes<A>) store(reinterpret_cast<BFloat16*>(buffer) + i, load(tile + i));
+    for (int64_t i = 0; i < count * row; i += kLanes<A>)
+      store_rounded(reinterpret_cast<BFloat16*>(buffer) + i, load(tile + i));
     return {buffer, row / 2};
   } else {
     return {tile, row};
@@ -108,6 +109,28 @@ inline const Factor<S>* summed_rows(const A* rows, int64_t count, int64_t row, F
   } else {
     return rows;
   }
+}
+
+// The same of channels_last pixels in memory, where factors are pairs; `row` values each, padded with zeros.
+template <class S>
+inline const Factor<S>* summed_pixels(const S* pixels, int64_t stride, int64_t channels, int64_t count, int64_t row,
+                                      Factor<S>* buffer) {
+  static_assert(kPairs<S>);
+  constexpr int64_t lanes = kLanes<Accumulate<S>>;
+  for (int64_t i = 0; i < count; i += 2) {
+    const S *first = pixels + i * stride, *second = first + stride;
+    Factor<S>* to = buffer + i / 2 * row;
+    for (int64_t c = 0; c < channels; c += 2 * lanes) {
+      Bits low, high;
+      const int64_t present = least(2 * lanes, channels - c);
+      __builtin_prefetch(first + c + kAhead<S>);
+      __builtin_prefetch(second + c + kAhead<S>);
+      pair_runs(first + c, second + c, present, i + 1 < count ? present : 0, low, high);
+      store(to + c, low);
+      if (c + lanes < row) store(to + c + lanes, high);
+    }
+  }
+  return buffer;
 }
 
 template <class S, class A = Accumulate<S>>

@@ -66,6 +66,11 @@ inline S* mutable_pixel(const TensorView& t, int64_t n, int64_t h, int64_t w) {
   return static_cast<S*>(t.data) + n * t.stride_n + h * t.stride_h + w * t.stride_w;
 }
 
+// How far ahead of its use memory that is read in order is asked for, in elements: 2 KiB. Without it reading from L3 is
+// a third slower (48 x 128 x 256, float32).
+template <class S>
+constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(S));
+
 // `count` contiguous values into whole zero-padded vectors. The last vector overlaps the one before: no partial access.
 template <class S, class A = Accumulate<S>>
 inline void load_channels(const S* from, int64_t count, A* to) {
@@ -75,7 +80,10 @@ inline void load_channels(const S* from, int64_t count, A* to) {
     return;
   }
   int64_t c = 0;
-  for (; c + lanes <= count; c += lanes) store(to + c, load(from + c));
+  for (; c + lanes <= count; c += lanes) {
+    store(to + c, load(from + c));
+    __builtin_prefetch(from + c + kAhead<S>);
+  }
   if (c < count) {
     store(to + c, Vec<A>{});
     store(to + count - lanes, load(from + count - lanes));

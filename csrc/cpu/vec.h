@@ -180,6 +180,22 @@ inline Vec<float> multiply_add(Vec<float> sum, Bits a, Bits b) {
 }
 inline Vec<float> multiply_add(Vec<float> sum, Pair a, Bits b) { return multiply_add(sum, Bits{} + a.bits, b); }
 
+// A left operand's values: subnormal ones count as zeros in a product.
+inline void store_rounded(BFloat16* p, Vec<float> v) { store_raw(p, bit_cast<HalfBits>(_mm512_cvtneps_pbh(v))); }
+
+// Lane i of low and high holds value i and value 16 + i of both runs, of n and m <= 32 values.
+inline void pair_runs(const BFloat16* first, const BFloat16* second, int64_t n, int64_t m, Bits& low, Bits& high) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  const auto present = [](int64_t count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); };
+  const Halves a = bit_cast<Halves>(_mm512_maskz_loadu_epi16(present(n), first));
+  const Halves b = bit_cast<Halves>(_mm512_maskz_loadu_epi16(present(m), second));
+  low = bit_cast<Bits>(__builtin_shuffle(a, b, Halves{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47}));
+  high =
+      bit_cast<Bits>(__builtin_shuffle(a, b, Halves{16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                    24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}));
+}
+
 // Lane i holds the values of lane i of both, rounded.
 inline Bits make_pairs(Vec<float> first, Vec<float> second) {
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
