@@ -140,7 +140,7 @@ struct AffineScaleTransfer {
           },
           [&](int64_t n, int64_t c, int64_t h, int64_t w, int64_t count, const A* line) {
             S* to = mutable_pixel<S>(p.output, n, h, w) + c * p.output.stride_c;
-            prefetch_line<1>(to + 2 * p.output.stride_c, count);
+            prefetch_run<true>(to + 2 * p.output.stride_c, count);
             store_channels(to, count, line);
           },
           [](int64_t, int64_t) {});
@@ -282,8 +282,8 @@ struct AffineScaleTransfer {
           [&](int64_t n, int64_t c, int64_t h, int64_t w, int64_t count, const A* u) {
             const S* x = pixel<S>(p.input, n, h, w) + c * p.input.stride_c;
             S* to = mutable_pixel<S>(p.grad_input, n, h, w) + c * p.grad_input.stride_c;
-            prefetch_line(x + 2 * p.input.stride_c, count);
-            prefetch_line<1>(to + 2 * p.grad_input.stride_c, count);
+            prefetch_run<false>(x + 2 * p.input.stride_c, count);
+            prefetch_run<true>(to + 2 * p.grad_input.stride_c, count);
             line_backward(x, u, count, c, to, plane_sums.data() + c % lanes * 2 * lanes);
           },
           [&](int64_t c, int64_t channels) {

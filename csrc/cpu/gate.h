@@ -74,8 +74,15 @@ inline void gate_pixels(const A* tile, const A* gate_weight, A gate_bias, int64_
 // their sum.
 template <class A>
 inline A gate_gradients(const A* gate, const A* dots, int64_t count, A* grad) {
-  A total = 0;
-  for (int64_t p = 0; p < count; ++p) {
+  Vec<A> totals = {};
+  int64_t p = 0;
+  for (; p + kLanes<A> <= count; p += kLanes<A>) {
+    const Vec<A> g = load(gate + p), value = (load(grad + p) + load(dots + p)) * g * (A(1) - g);
+    store(grad + p, value);
+    totals += value;
+  }
+  A total = sum_lanes<A>(totals);
+  for (; p < count; ++p) {
     grad[p] = (grad[p] + dots[p]) * gate[p] * (A(1) - gate[p]);
     total += grad[p];
   }
@@ -165,81 +172,5 @@ struct ChannelRuns {
     if (has_tail) work(tail(), std::integral_constant<int, 1>(), std::true_type());
   }
 };
-
-// The same for kVectors vectors of pixels of an NCHW image, to an NCHW image, without transposition. `valid` is the
-// number of pixels; it is less than whole vectors only where kVectors == 1. scratch holds kVectors vectors per channel:
-// planes are often a power of two apart, and would evict each other from the caches before the second pass.
-template <class S, int kVectors, class A = Accumulate<S>>
-inline void gate_planes(const S* input, int64_t input_plane, const A* gate_weight, A gate_bias, int64_t channels,
-                        int64_t valid, A* scratch, S* gate, S* output, int64_t output_plane) {
-  constexpr int64_t lanes = kLanes<A>, width = kVectors * lanes;
-  const bool whole = kVectors > 1 || valid == width;
-  Vec<A> g[kVectors];
-  for (int v = 0; v < kVectors; ++v) g[v] = Vec<A>{} + gate_bias;
-  for (int64_t c = 0; c < channels; ++c) {
-    prefetch_run<true>(output + c * output_plane, width);
-    for (int v = 0; v < kVectors; ++v) {
-      const S* from = input + c * input_plane + v * lanes;
-      const Vec<A> x = whole ? load(from) : load_some(from, valid);
-      store(scratch + c * width + v * lanes, x);
-      g[v] += gate_weight[c] * x;
-    }
-  }
-  const auto write = [&](S* to, int v, Vec<A> value) {
-    whole ? store(to + v * lanes, value) : store_some(to, value, valid);
-  };
-  for (int v = 0; v < kVectors; ++v) {
-    g[v] = sigmoid<A>(g[v]);
-    write(gate, v, g[v]);
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    prefetch_run<false>(input + c * input_plane + width, width);  // the next one
-    for (int v = 0; v < kVectors; ++v)
-      write(output + c * output_plane, v, g[v] * load(scratch + c * width + v * lanes));
-  }
-}
-
-// Its backward. gate and grad_gate hold whole vectors, zero beyond `valid`; grad_gate becomes the gradient of the
-// logits. Writes grad_input and adds to weight_sums, one vector per channel. scratch holds 2 * kVectors vectors per
-// channel.
-template <class S, int kVectors, class A = Accumulate<S>>
-inline void gate_planes_backward(const S* grad_output, int64_t grad_output_plane, const S* input, int64_t input_plane,
-                                 const A* gate_weight, int64_t channels, int64_t valid, A* scratch, const A* gate,
-                                 A* grad_gate, A* weight_sums, S* grad_input, int64_t grad_input_plane) {
-  constexpr int64_t lanes = kLanes<A>, width = kVectors * lanes;
-  const bool whole = kVectors > 1 || valid == width;
-  const auto read = [&](const S* from, int v) { return whole ? load(from + v * lanes) : load_some(from, valid); };
-  Vec<A> g[kVectors], grad[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    g[v] = load(gate + v * lanes);
-    grad[v] = load(grad_gate + v * lanes);
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    prefetch_run<true>(grad_input + c * grad_input_plane, width);
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> u = read(grad_output + c * grad_output_plane, v), x = read(input + c * input_plane, v);
-      store(scratch + (2 * c) * width + v * lanes, u);
-      store(scratch + (2 * c + 1) * width + v * lanes, x);
-      grad[v] += u * x;
-    }
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    grad[v] *= g[v] * (A(1) - g[v]);
-    store(grad_gate + v * lanes, grad[v]);
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    prefetch_run<false>(grad_output + c * grad_output_plane + width, width);
-    prefetch_run<false>(input + c * input_plane + width, width);
-    Vec<A> sum = load(weight_sums + c * lanes);
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> u = load(scratch + (2 * c) * width + v * lanes), x = load(scratch + (2 * c + 1) * width + v * lanes);
-      sum += grad[v] * x;
-      const Vec<A> result = g[v] * u + gate_weight[c] * grad[v];
-      S* to = grad_input + c * grad_input_plane;
-      whole ? store(to + v * lanes, result) : store_some(to, result, valid);
-    }
-    store(weight_sums + c * lanes, sum);
-  }
-}
 
 }  // namespace gsto::cpu::GSTO_ISA

@@ -71,12 +71,29 @@ struct GatedScaleTransfer : GatedPixels<S> {
   void forward_planes() const {
     const Pixels pixels(p.batch, p.in_height, p.in_width, collapsible(p.input, p.in_height, p.in_width), kPlaneChunk);
     parallel_for(call, pixels.tasks(), [&](int64_t begin, int64_t end) {
-      const Buffer<A> scratch(kPlaneVectors * kLanes<A> * p.channels);
-      visit_planes<A>(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
-        gate_planes<S, decltype(vectors)::value>(pixel<S>(p.input, n, h, w), p.input.stride_c,
-                                                 operands.gate_weight.data(), operands.gate_bias, p.channels, valid,
-                                                 scratch.data(), mutable_pixel<S>(p.gate, n, h, w),
-                                                 mutable_pixel<S>(p.output, n, h, w), p.output.stride_c);
+      const Buffer<A> gate(padded<A>(pixels.chunk));
+      pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+        const S* x = pixel<S>(p.input, n, h, w);
+        fill_pixels(gate.data(), padded<A>(count), A(0));
+        for_channels(0, p.channels, [&](int64_t c, auto channels) {
+          const A* weights = operands.gate_weight.data() + c;
+          add_products<1, channels>(
+              x + c * p.input.stride_c, p.input.stride_c, count,
+              [=](int64_t i, int64_t, int64_t, auto) { return weights[i]; }, gate.data(), 0);
+        });
+        gate_logits(gate.data(), operands.gate_bias, count);
+        this->store_gate(n, h, w, count, gate.data());
+        S* to = mutable_pixel<S>(p.output, n, h, w);
+        const A* factors = gate.data();
+        for (int64_t c = 0; c < p.channels; ++c, x += p.input.stride_c, to += p.output.stride_c) {
+          const S* next = x + 2 * p.input.stride_c;
+          S* next_to = to + 2 * p.output.stride_c;
+          for_parts<A>(count, [=](int64_t i, auto valid) {
+            __builtin_prefetch(next + i);
+            __builtin_prefetch(next_to + i, 1);
+            store_valid(to + i, load(factors + i) * load_valid(x + i, valid), valid);
+          });
+        }
       });
     });
   }
@@ -189,27 +206,57 @@ struct GatedScaleTransfer : GatedPixels<S> {
   }
 
   void backward_planes() const {
-    constexpr int64_t lanes = kLanes<A>, group = kPlaneVectors * lanes;
+    constexpr int64_t lanes = kLanes<A>;
     const Pixels pixels = this->backward_pixels(kPlaneChunk, p.grad_output);
     Reduction<A> reduction(pixels.tasks(), this->gate_sums());
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
-      const Buffer<A> scratch(2 * group * p.channels), vector_sums(lanes * p.channels), gate(group), grad(group);
-      fill_pixels(vector_sums.data(), lanes * p.channels, A(0));
-      visit_planes<A>(pixels, begin, end, [&](int64_t n, int64_t h, int64_t w, auto vectors, int64_t valid) {
-        fill_pixels(gate.data(), group, A(0));
-        fill_pixels(grad.data(), group, A(0));
-        load_scalars<S>(p.gate, n, h, w, valid, gate.data());
-        load_optional_scalars<S>(p.grad_gate, n, h, w, valid, grad.data());
-        gate_planes_backward<S, decltype(vectors)::value>(
-            pixel<S>(p.grad_output, n, h, w), p.grad_output.stride_c, pixel<S>(p.input, n, h, w), p.input.stride_c,
-            operands.gate_weight.data(), p.channels, valid, scratch.data(), gate.data(), grad.data(),
-            vector_sums.data(), mutable_pixel<S>(p.grad_input, n, h, w), p.grad_input.stride_c);
-        add_pixels(grad.data(), lanes, decltype(vectors)::value, sums + row);
+      const Buffer<A> vector_sums(row * lanes), gate(pixels.chunk), grad(pixels.chunk), dots(pixels.chunk);
+      fill_pixels(vector_sums.data(), row * lanes, A(0));
+      pixels.visit(begin, end, [&](int64_t n, int64_t h, int64_t w, int64_t count) {
+        const S *u = pixel<S>(p.grad_output, n, h, w), *x = pixel<S>(p.input, n, h, w);
+        const int64_t u_plane = p.grad_output.stride_c;
+        fill_pixels(gate.data(), padded<A>(count), A(0));
+        fill_pixels(grad.data(), padded<A>(count), A(0));
+        fill_pixels(dots.data(), padded<A>(count), A(0));
+        load_scalars<S>(p.gate, n, h, w, count, gate.data());
+        load_optional_scalars<S>(p.grad_gate, n, h, w, count, grad.data());
+        for_channels(0, p.channels, [&](int64_t c, auto channels) {
+          const S* from = u + c * u_plane;
+          add_products<1, channels>(
+              x + c * p.input.stride_c, p.input.stride_c, count,
+              [=](int64_t i, int64_t, int64_t at, auto valid) {
+                __builtin_prefetch(from + (i + channels) * u_plane + at);
+                return load_valid(from + i * u_plane + at, valid);
+              },
+              dots.data(), 0);
+        });
+        sums[row] += gate_gradients(gate.data(), dots.data(), count, grad.data());
+        for (int64_t c = 0; c < p.channels; ++c)
+          line_backward(x + c * p.input.stride_c, u + c * u_plane, count, c, gate.data(), grad.data(),
+                        mutable_pixel<S>(p.grad_input, n, h, w) + c * p.grad_input.stride_c,
+                        vector_sums.data() + c * lanes);
       });
-      for (int64_t c = 0; c < p.channels; ++c) sums[c] = sum_lanes<A>(load(vector_sums.data() + c * lanes));
-      sums[row] = sum_lanes<A>(load(sums + row));
+      for (int64_t c = 0; c < row; c += lanes) store(sums + c, sum_each(vector_sums.data() + c * lanes));
     });
     this->store_gate_gradients(reduction);
+  }
+
+  // A run of one plane; adds to a vector of sums.
+  void line_backward(const S* x, const S* u, int64_t count, int64_t c, const A* gate, const A* grad, S* to,
+                     A* sums) const {
+    const Vec<A> weight = Vec<A>{} + operands.gate_weight.data()[c];
+    const S *next_x = x + 2 * p.input.stride_c, *next_u = u + 2 * p.grad_output.stride_c;
+    S* next_to = to + 2 * p.grad_input.stride_c;
+    Vec<A> sum = load(sums);
+    for_parts<A>(count, [=, &sum](int64_t i, auto valid) {
+      __builtin_prefetch(next_x + i);
+      __builtin_prefetch(next_u + i);
+      __builtin_prefetch(next_to + i, 1);
+      const Vec<A> from_gate = load(grad + i);
+      sum += from_gate * load_valid(x + i, valid);
+      store_valid(to + i, load(gate + i) * load_valid(u + i, valid) + from_gate * weight, valid);
+    });
+    store(sums, sum);
   }
 
   // Late projection: the gradients of weight and bias from the small maps, and the small map W^T grad_output.

@@ -11,12 +11,6 @@ inline TensorView from_channel(TensorView t, int64_t c) {
   return t;
 }
 
-// Asks for values ahead of their use.
-template <int kWrite = 0, class S>
-inline void prefetch_line(const S* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, kWrite);
-}
-
 // Lane i is the sum of vector i.
 template <class A>
 inline Vec<A> sum_each(const A* vectors) {
@@ -33,6 +27,31 @@ inline void for_parts(int64_t size, const F& f) {
   int64_t first = 0;
   for (; first + kLanes<A> <= size; first += kLanes<A>) f(first, std::integral_constant<int64_t, kLanes<A>>());
   if (first < size) f(first, size - first);
+}
+
+// Calls f(c, number of channels as a constant) for channels c .. end - 1.
+template <class F>
+inline void for_channels(int64_t c, int64_t end, const F& f) {
+  for (; c + 4 <= end; c += 4) f(c, std::integral_constant<int, 4>());
+  for (; c < end; ++c) f(c, std::integral_constant<int, 1>());
+}
+
+// dots[w] of kLevels lines, `next` values apart, += sum of weight(c, level, w, valid) x over the lines of kChannels
+// planes.
+template <int kLevels, int kChannels, class S, class A, class Weight>
+inline void add_products(const S* x, int64_t plane, int64_t count, const Weight& weight, A* dots, int64_t next) {
+  for_parts<A>(count, [=](int64_t w, auto valid) {
+    Vec<A> value[kChannels];
+    for (int64_t c = 0; c < kChannels; ++c) {
+      value[c] = load_valid(x + c * plane + w, valid);
+      __builtin_prefetch(x + (c + kChannels) * plane + w);
+    }
+    for (int64_t k = 0; k < kLevels; ++k) {
+      Vec<A> sum = load(dots + k * next + w);
+      for (int64_t c = 0; c < kChannels; ++c) sum += weight(c, k, w, valid) * value[c];
+      store(dots + k * next + w, sum);
+    }
+  });
 }
 
 // Works on as many planes at a time as a vector has lanes.
@@ -60,7 +79,8 @@ class PlaneResampler {
         for (int64_t i = 0; i < channels; ++i) {
           const S* first = pixel<S>(from, n, blocks_.rows.start[o], w) + (c + i) * from.stride_c;
           const int64_t step = from.stride_h;
-          for (int64_t t = 0; t < blocks_.rows.taps(o); ++t) prefetch_line(first + 2 * from.stride_c + t * step, count);
+          for (int64_t t = 0; t < blocks_.rows.taps(o); ++t)
+            prefetch_run<false>(first + 2 * from.stride_c + t * step, count);
           combine_lines(o, count, [=](int64_t t) { return first + t * step; }, value(c + i), planes.data() + i * size);
         }
         load_pixels<A>({planes.data(), 0, size, 0, 1}, channels, 0, 0, 0, count, tile.data());

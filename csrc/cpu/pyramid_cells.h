@@ -87,14 +87,7 @@ struct PyramidCells {
       fill_pixels(grad + k * step, padded<A>(count), A(0));
     for (int64_t k = 0; k < p.levels; ++k) {
       load_optional_scalars<S>(from_channel<S>(p.grad_gate, k), n, h, w, count, given.data());
-      A total = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const A g = gate[k * step + i];
-        A& value = grad[k * step + i];
-        value = (value + given.data()[i]) * g * (A(1) - g);
-        total += value;
-      }
-      bias_sums[k * lanes] += total;
+      bias_sums[k * lanes] += gate_gradients(gate + k * step, given.data(), count, grad + k * step);
     }
   }
 

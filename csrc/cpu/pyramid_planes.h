@@ -40,41 +40,22 @@ struct PyramidPlanes {
     return pixel<S>(t, band.n, band.h, 0) + c * t.stride_c;
   }
 
-  // dots[k][row][w] += sum of weight(c, k, w) x over kChannels channels, for a group of levels.
+  // dots[k][row][w] += sum of weight(c, k, w, valid) x over kChannels channels, for a group of levels.
   template <int kChannels, class Weight>
-  void add_products(const Band& band, int64_t channel, const Weight& weight, A* dots) const {
-    const int64_t plane = p.input.stride_c, next = step;  // in registers, whatever is stored
-    for (int64_t r = 0; r < band.rows; ++r) {
-      const S* x = line(p.input, band, channel) + r * p.input.stride_h;
-      A* row_dots = dots + r * width;
-      for_parts<A>(p.width, [=](int64_t w, auto valid) {
-        Vec<A> value[kChannels];
-        for (int64_t c = 0; c < kChannels; ++c) {
-          value[c] = load_valid(x + c * plane + w, valid);
-          __builtin_prefetch(x + (c + kChannels) * plane + w);
-        }
-        for (int64_t k = 0; k < kGroup; ++k) {
-          A* dot = row_dots + k * next + w;
-          Vec<A> sum = load(dot);
-          for (int64_t c = 0; c < kChannels; ++c) sum += weight(c, k, w) * value[c];
-          store(dot, sum);
-        }
-      });
-    }
+  void add_rows_of_products(const Band& band, int64_t c, const Weight& weight, A* dots) const {
+    for (int64_t r = 0; r < band.rows; ++r)
+      add_products<kGroup, kChannels>(line(p.input, band, c) + r * p.input.stride_h, p.input.stride_c, p.width, weight,
+                                      dots + r * width, step);
   }
 
   template <int kChannels>
   struct Weights {
     Vec<A> of[kGroup][kChannels];
-    Vec<A> operator()(int64_t c, int64_t k, int64_t) const { return of[k][c]; }
+    template <class Valid>
+    Vec<A> operator()(int64_t c, int64_t k, int64_t, Valid) const {
+      return of[k][c];
+    }
   };
-
-  // Calls f(c, number of channels as a constant).
-  template <class F>
-  void for_channels(int64_t c, int64_t end, const F& f) const {
-    for (; c + 4 <= end; c += 4) f(c, std::integral_constant<int, 4>());
-    for (; c < end; ++c) f(c, std::integral_constant<int, 1>());
-  }
 
   void forward(int64_t begin, int64_t end, A* all_cells) const {
     const Buffer<A> gate(cells.levels * step), planes(cells.levels * lanes * width), tile(width * lanes);
@@ -88,7 +69,7 @@ struct PyramidPlanes {
             Weights<channels> weights;
             for (int64_t l = 0; l < kGroup; ++l)
               for (int64_t i = 0; i < channels; ++i) weights.of[l][i] = Vec<A>{} + from[l * cells.row + i];
-            add_products<channels>(band, c, weights, gate.data() + k * step);
+            add_rows_of_products<channels>(band, c, weights, gate.data() + k * step);
           });
         }
         for (int64_t r = 0; r < band.rows; ++r)
@@ -153,8 +134,9 @@ struct PyramidPlanes {
             for (int64_t k = 0; k < cells.levels; k += kGroup) {
               const A* from = lines.data() + (k * lanes + c - first) * width;
               const int64_t size = width;
-              add_products<channels>(
-                  band, c, [=](int64_t i, int64_t l, int64_t w) { return load(from + (l * lanes + i) * size + w); },
+              add_rows_of_products<channels>(
+                  band, c,
+                  [=](int64_t i, int64_t l, int64_t w, auto) { return load(from + (l * lanes + i) * size + w); },
                   grad.data() + k * step);
             }
           });
