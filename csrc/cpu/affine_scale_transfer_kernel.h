@@ -217,9 +217,7 @@ struct AffineScaleTransfer {
       store_pixels<S>(p.grad_input, p.channels, n, h, w, count, tile);
     };
     const Pixels pixels = pixels_of(p.grad_output);
-    // Planes want long runs of pixels: the gradient of down4 of 192 channels of 128 x 256 takes 5.5 ms instead of 13.1.
-    const int64_t kilobytes = runs ? 16 : 64;
-    const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels, kilobytes);
+    const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels);
     Reduction<A> reduction(identity ? pixels.tasks() : blocks.tasks(), 2 * row);
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const int64_t run = identity ? pixels.chunk : blocks.width;
