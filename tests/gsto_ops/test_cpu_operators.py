@@ -285,6 +285,23 @@ def test_any_strides(view: str):
             )
 
 
+@pytest.mark.parametrize("channels", [35, 22, 6, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_agree(instruction_set: str, dtype: torch.dtype, channels: int):
+    """channels_last pixels are read where they lie, in pairs where channels are even; NCHW ones are transposed."""
+    x = torch.randn(2, channels, 3, 7).to(dtype)
+    rho, weight, bias = parameter(dtype, 1, channels, 1, 1), parameter(dtype, 17, channels, 1, 1), parameter(dtype, 17)
+    found = []
+    for layout in LAYOUTS:
+        operands = (x.contiguous(memory_format=layout), rho, None, weight)
+        resampled = ("gated_scale_transfer", (*operands, bias), ("relu", (9, 14), "bilinear", False, None))
+        every = (resampled, ("gated_projection", operands, ()), ("class_map", (operands[0], weight, bias), ()))
+        found.append([result for call in every for result in results(kernel, *call)])
+    for planes, pixels in zip(*found, strict=True):
+        size = max(1.0, float(planes.abs().max()))
+        torch.testing.assert_close(pixels, planes, rtol=0, atol=4 * torch.finfo(dtype).eps * size)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(layout: torch.memory_format):
     x = torch.randn(2, 36, 48, 40).contiguous(memory_format=layout)
