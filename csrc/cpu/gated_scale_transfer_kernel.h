@@ -130,7 +130,10 @@ struct GatedScaleTransfer : GatedPixels<S> {
         const int64_t count = most(w_end, call.cols.end(block.col1 - 1)) - w;
         int64_t h = blocks.owned_begin(call.rows, block.row0);
         const auto gate_next_row = [&] {
-          if (h + 1 < p.in_height) prefetch_pixels<S>(p.input, p.channels, block.n, h + 1, w, count);
+          if (h + 1 < p.in_height) {
+            prefetch_pixels<S>(p.input, p.channels, block.n, h + 1, w, count);
+            prefetch_first_planes<S>(p.input, p.channels, block.n, h + 1, w, count);
+          }
           if (project_late) {
             const A* pixels = tile_of<S>(p.input, p.channels, block.n, h, w, count, x);
             this->gate_tile(pixels, count, gate.data(), x);

@@ -145,6 +145,16 @@ inline void prefetch_run(const S* run, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(run + i, kWrite);
 }
 
+// Asks for a run of the first planes of an NCHW map; load_pixels() asks for those of the others (pooling 48 channels,
+// bfloat16: 1.6 -> 1.45 ms).
+template <class S>
+inline void prefetch_first_planes(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w,
+                                  int64_t count) {
+  if (t.stride_w != 1) return;
+  for (int64_t c = 0; c < least(kLanes<Accumulate<S>>, channels); ++c)
+    prefetch_run<false>(pixel<S>(t, n, h, w) + c * t.stride_c, count);
+}
+
 // Pixels (n, :, h, w .. w + count - 1) into a tile.
 template <class S, class A = Accumulate<S>>
 inline void load_pixels(const TensorView& t, int64_t channels, int64_t n, int64_t h, int64_t w, int64_t count,
@@ -167,7 +177,10 @@ inline void load_pixels(const TensorView& t, int64_t channels, int64_t n, int64_
         if (valid == lanes && present == lanes) {  // constant bounds keep the block in registers
           for (int64_t i = 0; i < lanes; ++i) block[i] = load(planes + i * stride_c);
         } else {
-          for (int64_t i = 0; i < lanes; ++i) block[i] = load_some(planes + i * stride_c, i < present ? valid : 0);
+          // Nothing is read where there is no plane, not by an empty mask either: where that has no memory, it takes
+          // 100 times as long.
+          for (int64_t i = 0; i < lanes; ++i)
+            block[i] = i < present ? load_some(planes + i * stride_c, valid) : Vec<A>{};
         }
         transpose<A>(block);
         A* to = tile + first * row + c;
