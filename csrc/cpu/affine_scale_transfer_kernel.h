@@ -29,9 +29,10 @@ struct AffineScaleTransfer {
   // one.
   template <bool kRelu>
   struct AffineRun : Run<S> {
-    const AffineScaleTransfer& of;
+    const AffineScaleTransfer* of = nullptr;
 
-    AffineRun(const Run<S>& run, const AffineScaleTransfer& transfer) : Run<S>(run), of(transfer) {}
+    AffineRun() = default;
+    AffineRun(const Run<S>& run, const AffineScaleTransfer& transfer) : Run<S>(run), of(&transfer) {}
 
     template <int kVectors>
     struct Channels {
@@ -44,8 +45,8 @@ struct AffineScaleTransfer {
     Channels<kVectors> channels(int64_t c) const {
       Channels<kVectors> found;
       for (int v = 0; v < kVectors; ++v) {
-        found.scale[v] = load(of.scale.data() + c + v * kLanes<A>);
-        found.shift[v] = load(of.shift.data() + c + v * kLanes<A>);
+        found.scale[v] = load(of->scale.data() + c + v * kLanes<A>);
+        found.shift[v] = load(of->shift.data() + c + v * kLanes<A>);
       }
       return found;
     }
@@ -102,7 +103,8 @@ struct AffineScaleTransfer {
   void forward_run() const {
     resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
                    [&](int64_t n, int64_t h, int64_t w, int64_t count, A*) {
-                     if (h + 1 < p.in_height) prefetch_pixels<S>(p.input, p.channels, n, h + 1, w, count);
+                     if (h + 1 < p.in_height && count < p.in_width)
+                       prefetch_pixels<S>(p.input, p.channels, n, h + 1, w, count);
                      return AffineRun<kRelu>({pixel<S>(p.input, n, h, w), p.input.stride_w}, *this);
                    });
   }

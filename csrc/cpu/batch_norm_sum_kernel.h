@@ -221,7 +221,7 @@ struct BatchNormSum {
     const S* output = p.relu ? lines.line(p.output, n, group, h) : nullptr;
     S* to = p.relu ? lines.line(p.grad_sum, n, group, h) : nullptr;
     const auto gradient = [&](int64_t i, int64_t valid) {
-      Vec<A> d = load_valid(grad + i, valid);
+      Vec<A> d = read_valid(grad + i, valid);
       if (output) {
         d = load_valid(output + i, valid) > 0 ? d : Vec<A>{};
         store_valid(to + i, d, valid);
@@ -235,8 +235,8 @@ struct BatchNormSum {
       if (p.masked_by_term) {
         const A *scale = scale_of(0, group), *shift = shift_of(group);
         return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
-          const Vec<A> t = load_valid(term + i, valid);
-          const Vec<A> d = under_relu(scale + j, shift + j, t, load_valid(grad + i, valid));
+          const Vec<A> t = read_valid(term + i, valid);
+          const Vec<A> d = under_relu(scale + j, shift + j, t, read_valid(grad + i, valid));
           sum[0] += d;
           sum[1] += d * (t - load(mean + j));
         });
@@ -244,7 +244,7 @@ struct BatchNormSum {
       return lines.template add_up<2>(sums, pattern, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
         const Vec<A> d = gradient(i, valid);
         sum[0] += d;
-        sum[1] += d * (load_valid(term + i, valid) - load(mean + j));
+        sum[1] += d * (read_valid(term + i, valid) - load(mean + j));
       });
     }
     lines.vectors([&](int64_t i, int64_t j, int64_t valid) {

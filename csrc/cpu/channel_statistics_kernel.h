@@ -41,7 +41,7 @@ struct ChannelStatistics {
         for (int64_t h = first; h < last; ++h) {
           const S* values = lines.line(p.input, n, group, h);
           lines.template add_up<2>(sums.data(), period, [&](int64_t i, int64_t j, int64_t valid, auto& sum) {
-            Vec<A> d = load_valid(values + i, valid) - load(centre.data() + j);
+            Vec<A> d = read_valid(values + i, valid) - load(centre.data() + j);
             if (valid < kLanes<A>) d = first_values<A>(d, valid);
             sum[0] += d;
             sum[1] += d * d;

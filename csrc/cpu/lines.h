@@ -156,6 +156,13 @@ inline Vec<A> load_valid(const S* from, int64_t valid) {
   return valid == kLanes<A> ? load(from) : load_some(from, valid);
 }
 
+// Of a line in memory; asks for what lies ahead.
+template <class S, class A = Accumulate<S>>
+inline Vec<A> read_valid(const S* from, int64_t valid) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead);
+  return load_valid(from, valid);
+}
+
 template <class S, class A = Accumulate<S>>
 inline void store_valid(S* to, Vec<A> value, int64_t valid) {
   if (valid == kLanes<A>) {

@@ -127,6 +127,10 @@ inline void for_blocks(int64_t count, const F& f) {
   }
 }
 
+// How far ahead passes that walk through memory in sequence ask for it, where their arithmetic leaves the processor too
+// few loads and stores in flight: twice the dot product's speed from memory that is in no cache.
+constexpr int64_t kBytesAhead = 8192;
+
 // Asks for a run of channels_last pixels ahead of its use: the blocks of a resampling read short runs, rows apart,
 // which the hardware does not foresee (transposed up2 of 48 channels from L3: 0.47 -> 0.25 ms).
 template <class S>
