@@ -72,7 +72,7 @@ struct AffineScaleTransfer {
   void forward() const {
     if (!identity && planar_resampling(call.rows, p.input, p.output)) {
       p.relu ? forward_planes_resampled<true>() : forward_planes_resampled<false>();
-    } else if (!identity && is_run<S>(p.input, p.channels)) {
+    } else if (!identity && p.input.stride_c == 1) {
       p.relu ? forward_run<true>() : forward_run<false>();
     } else if (!identity) {
       resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
@@ -101,11 +101,10 @@ struct AffineScaleTransfer {
 
   template <bool kRelu>
   void forward_run() const {
+    const PixelRuns<S> runs(p.input, p.channels, p.batch, p.in_height, p.in_width);
     resample_to<S>(call, p.batch, call.rows, call.cols, p.channels, p.output,
-                   [&](int64_t n, int64_t h, int64_t w, int64_t count, A*) {
-                     if (h + 1 < p.in_height && count < p.in_width)
-                       prefetch_pixels<S>(p.input, p.channels, n, h + 1, w, count);
-                     return AffineRun<kRelu>({pixel<S>(p.input, n, h, w), p.input.stride_w}, *this);
+                   [&](int64_t n, int64_t h, int64_t w, int64_t count, A* buffer) {
+                     return AffineRun<kRelu>(runs(n, h, w, count, buffer), *this);
                    });
   }
 
@@ -219,7 +218,8 @@ struct AffineScaleTransfer {
       store_pixels<S>(p.grad_input, p.channels, n, h, w, count, tile);
     };
     const Pixels pixels = pixels_of(p.grad_output);
-    const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels);
+    const int64_t kilobytes = p.grad_output.stride_c == 1 ? kLongRuns : 16;
+    const Blocks<A> blocks(p.batch, call.rows_transposed, call.cols_transposed, p.channels, kilobytes);
     Reduction<A> reduction(identity ? pixels.tasks() : blocks.tasks(), 2 * row);
     reduction.run(call, [&](int64_t begin, int64_t end, A* sums) {
       const int64_t run = identity ? pixels.chunk : blocks.width;
@@ -241,10 +241,11 @@ struct AffineScaleTransfer {
         make(u.data());
         finish(n, h, w, count, static_cast<const A*>(u.data()), row, u.data(), x.data(), sums);
       };
-      with_source<S>(p.grad_output, p.channels, call.rows_transposed.in, [&](const auto& source) {
-        for (int64_t task = begin; task < end; ++task)
-          resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, consume);
-      });
+      with_source<S>(p.grad_output, p.channels, p.batch, call.rows_transposed.in, call.cols_transposed.in, false,
+                     [&](const auto& source) {
+                       for (int64_t task = begin; task < end; ++task)
+                         resample_block(blocks, blocks.block(task), resampler, buffer.data(), source, consume);
+                     });
     });
     reduction.template store_totals<A>(0, p.channels, p.grad_scale);
     reduction.template store_totals<A>(row, p.channels, p.grad_shift);

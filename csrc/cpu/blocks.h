@@ -12,6 +12,11 @@ struct Block {
   int64_t width() const { return col1 - col0; }
 };
 
+// KiB of a block's rows where channels_last memory is shrunk: at 128 a window takes 512 KiB of L2. In blocks of 16 the
+// transposed up2 of 48 channels of 128 x 256 takes as long from warm caches, and 0.55 ms instead of 0.42 from cold
+// ones.
+constexpr int64_t kLongRuns = 128;
+
 // The blocks of a map resampled along both axes. Their size does not depend on the number of threads.
 template <class A>
 struct Blocks {
@@ -269,29 +274,55 @@ inline void resample_block(const Blocks<A>& blocks, const Block& block, const Bl
       [&](int64_t o, const auto& make) { consume(block.n, o, block.col0, block.width(), make); });
 }
 
-// Calls use(source) with the source of a map for a resampling: its pixels where they lie, or in tiles.
+// Runs of channels_last pixels where they lie. Where pixels are no whole vectors, the last one reaches into the next
+// pixel: what is made of these lanes must not be used. Only a map's end, beyond which memory may not be read, is
+// copied.
+template <class S>
+class PixelRuns {
+ public:
+  PixelRuns(const TensorView& t, int64_t channels, int64_t batch, int64_t height, int64_t width)
+      : map_(t),
+        channels_(channels),
+        row_(padded<Accumulate<S>>(channels)),
+        height_(height),
+        end_(pixel<S>(t, batch - 1, height - 1, width - 1) + channels) {}
+
+  Run<S> operator()(int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>* buffer) const {
+    if (h + 1 < height_) prefetch_pixels<S>(map_, channels_, n, h + 1, w, count);
+    const S* from = pixel<S>(map_, n, h, w);
+    if (from + (count - 1) * map_.stride_w + row_ <= end_) return {from, map_.stride_w};
+    S* const copy = reinterpret_cast<S*>(buffer);
+    for (int64_t i = 0; i < count; ++i)
+      __builtin_memcpy(copy + i * row_, from + i * map_.stride_w, static_cast<size_t>(channels_) * sizeof(S));
+    return {copy, row_};
+  }
+
+ private:
+  const TensorView& map_;
+  const int64_t channels_, row_, height_;
+  const S* const end_;
+};
+
+// Calls use(source) with the source of a map for a resampling: its pixels where they lie, or in tiles, whose lanes
+// beyond the channels are zeros.
 template <class S, class Use>
-inline void with_source(const TensorView& t, int64_t channels, int64_t height, const Use& use) {
-  const auto prefetch_next = [&](int64_t n, int64_t h, int64_t w, int64_t count) {
-    if (h + 1 < height) prefetch_pixels<S>(t, channels, n, h + 1, w, count);
-  };
-  if (is_run<S>(t, channels)) {
-    use([&](int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>*) {
-      prefetch_next(n, h, w, count);
-      return Run<S>{pixel<S>(t, n, h, w), t.stride_w};
-    });
+inline void with_source(const TensorView& t, int64_t channels, int64_t batch, int64_t height, int64_t width, bool zeros,
+                        const Use& use) {
+  if (is_run<S>(t, channels) || (t.stride_c == 1 && !zeros)) {
+    use(PixelRuns<S>(t, channels, batch, height, width));
   } else {
     use([&](int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>* buffer) {
-      prefetch_next(n, h, w, count);
+      if (h + 1 < height) prefetch_pixels<S>(t, channels, n, h + 1, w, count);
       return tile_of<S>(t, channels, n, h, w, count, buffer);
     });
   }
 }
 
-// A row of pixels mixed from two: `distance` from the pixels of the first to those of the second.
+// A row of pixels mixed from two rows at most.
 template <class R, class A>
-inline void mix_rows(const A* weights, int64_t taps, const R& first, int64_t distance, int64_t row, int64_t count,
+inline void mix_rows(const A* weights, int64_t taps, const R& first, const R& second, int64_t row, int64_t count,
                      A* to) {
+  const int64_t distance = second.data - first.data, change = second.row - first.row;  // from pixel to pixel
   with_taps(taps, [=](auto constant) {
     const auto* from = first.data;
     A* at = to;
@@ -299,14 +330,14 @@ inline void mix_rows(const A* weights, int64_t taps, const R& first, int64_t dis
       for_vectors<A>(row, [=](int64_t c, auto vectors) {
         const auto channels = first.template channels<vectors>(c);
         for (int64_t i = 0; i < count; ++i)
-          combine_vectors<constant, vectors>(weights, taps, channels, from + i * first.row + c, distance,
+          combine_vectors<constant, vectors>(weights, taps, channels, from + i * first.row + c, distance + i * change,
                                              at + i * row + c);
       });
     } else {
       for (int64_t i = 0; i < count; ++i, from += first.row, at += row)
         for_vectors<A>(row, [=](int64_t c, auto vectors) {
-          combine_vectors<constant, vectors>(weights, taps, first.template channels<vectors>(c), from + c, distance,
-                                             at + c);
+          combine_vectors<constant, vectors>(weights, taps, first.template channels<vectors>(c), from + c,
+                                             distance + i * change, at + c);
         });
     }
   });
@@ -335,7 +366,7 @@ inline void enlarge_to(const Call& call, int64_t batch, const AxisView& rows, co
         const int64_t start = rows.start[o], taps = rows.taps(o);
         for (next = most(next, start); next < start + taps; ++next) held[next % 2] = run_of(next);
         const auto &upper = held[start % 2], &lower = held[(start + taps - 1) % 2];
-        mix_rows(rows.weights<A>(o), taps, upper, lower.data - upper.data, row, cols.in, mixed.data());
+        mix_rows(rows.weights<A>(o), taps, upper, lower, row, cols.in, mixed.data());
         S* at = mutable_pixel<S>(to, n, o, 0);
         if (inner > 0) resample_columns<true>(columns, 0, inner, Run<A>{mixed.data(), row}, row, at, channels);
         if (outer == 0) continue;
@@ -356,7 +387,7 @@ inline void resample_to(const Call& call, int64_t batch, const AxisView& rows, c
   if (dense && cols.in < cols.out && rows.most_taps <= 2 && cols.most_taps <= 2)
     return enlarge_to<S>(call, batch, rows, cols, channels, to, source);
   const int64_t row = padded<A>(channels);
-  const Blocks<A> blocks(batch, rows, cols, channels);
+  const Blocks<A> blocks(batch, rows, cols, channels, dense ? kLongRuns : 16);
   parallel_for(call, blocks.tasks(), [&](int64_t begin, int64_t end) {
     const BlockResampler<A> resampler(blocks, row, dense ? channels : row);
     const Buffer<A> buffer(blocks.input_width() * row), tile(dense ? 0 : blocks.width * row);

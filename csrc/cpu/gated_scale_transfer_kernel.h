@@ -173,7 +173,7 @@ struct GatedScaleTransfer : GatedPixels<S> {
                      });
     } else if (!shrinks) {
       const Map<A> grad(p.batch, p.in_height * p.in_width, p.out_channels);
-      with_source<S>(p.grad_output, p.out_channels, p.out_height, [&](const auto& source) {
+      with_gradient([&](const auto& source) {
         resample_to<A>(call, p.batch, call.rows_transposed, call.cols_transposed, grad.row, grad.view(p.in_width),
                        source);
       });
@@ -184,8 +184,15 @@ struct GatedScaleTransfer : GatedPixels<S> {
       backward_late_projection(grad);
       backward_blocks([&](int64_t n, int64_t h, int64_t w, int64_t, A*) { return grad.at(n, h * p.out_width + w); });
     } else {
-      with_source<S>(p.grad_output, p.out_channels, p.out_height, [&](const auto& source) { backward_blocks(source); });
+      with_gradient([&](const auto& source) { backward_blocks(source); });
     }
+  }
+
+  // The gate's share takes dot products over all lanes, and products of pairs take an odd channel's partner.
+  template <class Use>
+  void with_gradient(const Use& use) const {
+    const bool zeros = !has_weight || (kPairs<S> && p.out_channels % 2 != 0);
+    with_source<S>(p.grad_output, p.out_channels, p.batch, p.out_height, p.out_width, zeros, use);
   }
 
   void backward_runs() const {
