@@ -17,6 +17,7 @@ struct StretchedRows {
 
   const NormTerm& term;
   const Lines<S>& lines;
+  const Columns<A> columns;
   const Buffer<A> rows, values;
   const int64_t row_size;
   int64_t held[2] = {-1, -1};
@@ -25,6 +26,7 @@ struct StretchedRows {
   StretchedRows(const NormTerm& t, const Lines<S>& l)
       : term(t),
         lines(l),
+        columns(t.cols),
         rows(2 * padded<A>(l.size)),
         values(padded<A>(t.width * l.unit)),
         row_size(padded<A>(l.size)) {}
@@ -39,7 +41,7 @@ struct StretchedRows {
     if (held[i % 2] != i) {
       held[i % 2] = i;
       const S* from = lines.line(term.map, n, group, i);
-      resample_line(term.cols, line_values(from, term.width * lines.unit, values.data()), lines.unit, to);
+      resample_line(columns, line_values(from, term.width * lines.unit, values.data()), lines.unit, to);
     }
     return to;
   }
@@ -263,12 +265,14 @@ struct BatchNormSum {
   struct Narrowed {
     const NormTerm& term;
     const Lines<S>& lines;
+    const Columns<A> columns;
     const int64_t index, line;
     const Buffer<A> values;
 
     Narrowed(const NormTerm& t, const Lines<S>& l, int64_t k)
         : term(t),
           lines(l),
+          columns(t.cols_transposed),
           index(k),
           line(padded<A>(t.width * l.unit)),
           values(l.batch * l.groups * l.height * line) {}
@@ -277,7 +281,7 @@ struct BatchNormSum {
       return values.data() + ((n * lines.groups + group) * lines.height + h) * line;
     }
     void take(int64_t n, int64_t group, int64_t h, const A* from) const {
-      resample_line(term.cols_transposed, from, lines.unit, at(n, group, h));
+      resample_line(columns, from, lines.unit, at(n, group, h));
     }
   };
 

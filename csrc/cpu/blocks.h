@@ -189,7 +189,7 @@ inline void resample_columns(const Columns<A>& cols, int64_t begin, int64_t end,
   const int64_t from_row = run.row;
   const auto ask = [](const To* at, int vectors) __attribute__((always_inline)) {
     if (!kAhead) return;
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(at + v * kLanes<A> + kBytesAhead / sizeof(To), 1);
+    for (int v = 0; v < vectors; ++v) ask_ahead<true>(at + v * kLanes<A>);
   };
   if (row <= 4 * kLanes<A>) {  // few channels: the loop over pixels is compiled for their number
     for_vectors<A>(row, [&](int64_t c, auto vectors) {

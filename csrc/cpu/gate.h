@@ -121,7 +121,8 @@ struct ChannelRuns {
         Vec<A> sum = {};
         for (int64_t c = 0; c < whole; c += lanes) {
           sum += load(at + c) * load(with + c);
-          __builtin_prefetch(at + c + kAhead<S>);
+          ask_ahead(at + c);
+          if (b_stride) ask_ahead(with + c);
         }
         if (has_tail) sum += load_tail(at) * load(with + tail());
         sums[i] = sum;

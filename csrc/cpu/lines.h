@@ -159,7 +159,7 @@ inline Vec<A> load_valid(const S* from, int64_t valid) {
 // Of a line in memory; asks for what lies ahead.
 template <class S, class A = Accumulate<S>>
 inline Vec<A> read_valid(const S* from, int64_t valid) {
-  __builtin_prefetch(reinterpret_cast<const char*>(from) + kBytesAhead);
+  ask_ahead(from);
   return load_valid(from, valid);
 }
 
@@ -179,9 +179,11 @@ inline Vec<A> first_values(Vec<A> value, int64_t valid) {
   return value;
 }
 
-// A line of `axis.in` pixels resampled to one of `axis.out`.
+// A line of pixels of `unit` values, resampled.
 template <class A>
-inline void resample_line(const AxisView& axis, const A* from, int64_t unit, A* to) {
+inline void resample_line(const Columns<A>& columns, const A* from, int64_t unit, A* to) {
+  const AxisView& axis = columns.axis;
+  if (unit % kLanes<A> == 0) return resample_columns<false>(columns, 0, axis.out, Run<A>{from, unit}, unit, to, unit);
   for (int64_t o = 0; o < axis.out; ++o) {
     const A* weights = axis.weights<A>(o);
     const A* first = from + axis.start[o] * unit;
