@@ -28,17 +28,20 @@ struct AffineScaleTransfer {
   // takes less than a tile in between. Without an activation the affine waits for the sum, as the weights add up to
   // one.
   template <bool kRelu>
-  struct AffineRun : Run<S> {
+  struct AffineRun : Run<S, true> {
     const AffineScaleTransfer* of = nullptr;
 
     AffineRun() = default;
-    AffineRun(const Run<S>& run, const AffineScaleTransfer& transfer) : Run<S>(run), of(&transfer) {}
+    AffineRun(const Run<S, true>& run, const AffineScaleTransfer& transfer) : Run<S, true>(run), of(&transfer) {}
 
     template <int kVectors>
     struct Channels {
       Vec<A> scale[kVectors], shift[kVectors];
 
-      Vec<A> value(const S* at, int v) const { return kRelu ? relu(scale[v] * load(at) + shift[v]) : load(at); }
+      Vec<A> value(const S* at, int v) const {
+        ask_ahead(at);
+        return kRelu ? relu(scale[v] * load(at) + shift[v]) : load(at);
+      }
       Vec<A> result(Vec<A> sum, int v) const { return kRelu ? sum : scale[v] * sum + shift[v]; }
     };
     template <int kVectors>

@@ -64,16 +64,20 @@ inline void fill_pixels(A* to, int64_t size, A value) {
   for (int64_t c = 0; c < size; c += kLanes<A>) store(to + c, Vec<A>{} + value);
 }
 
-// A run of input pixels, `row` elements apart: a tile, or memory whose pixels are whole vectors of channels. Other runs
-// may change what is read and what is made; Channels then holds the constants of a few vectors of channels.
-template <class S>
+// A run of input pixels, `row` elements apart: a tile, or memory whose pixels are whole vectors of channels and which
+// is read in order (kInOrder). Other runs may change what is read and what is made; Channels then holds the constants
+// of a few vectors of channels.
+template <class S, bool kInOrder = false>
 struct Run {
   const S* data;
   int64_t row;
 
   template <int kVectors>
   struct Channels {
-    Vec<Accumulate<S>> value(const S* at, int) const { return load(at); }
+    Vec<Accumulate<S>> value(const S* at, int) const {
+      if (kInOrder) ask_ahead(at);
+      return load(at);
+    }
     Vec<Accumulate<S>> result(Vec<Accumulate<S>> sum, int) const { return sum; }
   };
   template <int kVectors>
@@ -181,14 +185,14 @@ struct Columns {
 };
 
 // A row resampled along the columns, in whole vectors of the `row` channels. Pixels that are closer than that are
-// written in ascending order: each overwrites what the one before it wrote too much. kAhead: whether to ask for the
+// written in ascending order: each overwrites what the one before it wrote too much. kInOrder: whether to ask for the
 // memory behind what is written.
-template <bool kAhead, class A, class R, class To>
+template <bool kInOrder, class A, class R, class To>
 inline void resample_columns(const Columns<A>& cols, int64_t begin, int64_t end, const R& run, int64_t row, To* to,
                              int64_t step) {
   const int64_t from_row = run.row;
   const auto ask = [](const To* at, int vectors) __attribute__((always_inline)) {
-    if (!kAhead) return;
+    if (!kInOrder) return;
     for (int v = 0; v < vectors; ++v) ask_ahead<true>(at + v * kLanes<A>);
   };
   if (row <= 4 * kLanes<A>) {  // few channels: the loop over pixels is compiled for their number
@@ -287,7 +291,7 @@ class PixelRuns {
         height_(height),
         end_(pixel<S>(t, batch - 1, height - 1, width - 1) + channels) {}
 
-  Run<S> operator()(int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>* buffer) const {
+  Run<S, true> operator()(int64_t n, int64_t h, int64_t w, int64_t count, Accumulate<S>* buffer) const {
     if (h + 1 < height_) prefetch_pixels<S>(map_, channels_, n, h + 1, w, count);
     const S* from = pixel<S>(map_, n, h, w);
     if (from + (count - 1) * map_.stride_w + row_ <= end_) return {from, map_.stride_w};

@@ -123,8 +123,8 @@ inline const Factor<S>* summed_pixels(const S* pixels, int64_t stride, int64_t c
     for (int64_t c = 0; c < channels; c += 2 * lanes) {
       Bits low, high;
       const int64_t present = least(2 * lanes, channels - c);
-      __builtin_prefetch(first + c + kAhead<S>);
-      __builtin_prefetch(second + c + kAhead<S>);
+      ask_ahead(first + c);
+      ask_ahead(second + c);
       pair_runs(first + c, second + c, present, i + 1 < count ? present : 0, low, high);
       store(to + c, low);
       if (c + lanes < row) store(to + c + lanes, high);
