@@ -13,8 +13,8 @@ import argparse
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,10 @@ def _commit(revision: str) -> str:
 def _build(commit: str, folder: Path) -> Path:
     """Install a commit with its compiled operators; returns the folder to import it from."""
     print(f"building {commit[:12]}", flush=True)
-    archive, source, site = folder / f"{commit}.tar", folder / f"{commit}-source", folder / commit
+    archive, source, site = folder / f"{commit}.zip", folder / f"{commit}-source", folder / commit
     _call(["git", "-C", str(SOURCE), "archive", "--output", str(archive), commit])
-    with tarfile.open(archive) as files:
-        files.extractall(source, filter="data")
+    with zipfile.ZipFile(archive) as files:
+        files.extractall(source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
     _call([*pip, "--target", str(site), str(source)])
     return site

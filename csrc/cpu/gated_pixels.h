@@ -104,7 +104,7 @@ struct GatedPixels {
   // Without a product the tile should stay in L1. Products of pairs are twice as fast, and loading and storing the sums
   // of a weight's gradient for each tile weighs twice as much.
   int64_t pixels_per_tile() const {
-    const int64_t kilobytes = has_weight ? (kPairs<S> ? 128 : 64) : 16;
+    const int64_t kilobytes = has_weight ? (kPairs<S> ? 128 : 64) : 8;
     return most(has_weight ? 32 : 16,
                 tile_pixels<A>(has_weight ? most(p.channels, p.out_channels) : p.channels, kilobytes));
   }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 # An operator's call without a look for __torch_function__ in its arguments (0.5 us): where autograd runs, that is behind it.
 dispatch = torch._C._dispatch_call_boxed
@@ -95,14 +96,17 @@ def differentiable(
         # What the engine calls: past the search for a `backward` or `vjp` and past OpOverload's Python (0.7 us).
         Function._backward_cls.apply = gradients(partial(dispatch, backward_overload._handle))
 
-    class LowerLevels(Function):
+    class LowerLevels(_SingleLevelFunction):
+        backward = staticmethod(Function.backward)
+
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with torch.enable_grad():  # which forward() has turned off, for all levels of torch.func
                 return Function.forward(ctx, *args)
 
     # Without torch.autograd.Function's Python in front of it (2 us).
-    apply_function, apply_lower_levels = (super(torch.autograd.Function, f).apply for f in (Function, LowerLevels))
+    apply_function = super(torch.autograd.Function, Function).apply
+    apply_lower_levels = LowerLevels.apply  # type: ignore[attr-defined]  # of C++
 
     def apply(args: tuple[Any, ...]) -> Any:
         operands = _flat(args[:tensors], in_lists) if in_lists else args[:tensors]

@@ -79,7 +79,8 @@ def project_kernel(
             if gate_bias is not None:
                 logit += tl.load(gate_bias).to(tl.float32)
             g = sigmoid(logit)
-            tl.store(gate, g.to(gate.dtype.element_ty), mask=valid & (block == 0))
+            if block == 0:
+                tl.store(gate, g.to(gate.dtype.element_ty), mask=valid)
         else:
             g = tl.load(gate, mask=valid, other=0.0).to(tl.float32)
         result *= by_pixel(g, LAST)
@@ -300,7 +301,8 @@ def weight_gradient_kernel(
     sums += split.to(tl.int64) * out_channels * (channels + 1)
     mask = (o < out_channels)[:, None] & (c < channels)[None, :]
     tl.store(sums + o[:, None] * channels + c[None, :], result, mask=mask)
-    tl.store(sums + out_channels * channels + o, total, mask=(o < out_channels) & (block % blocks_c == 0))
+    if block % blocks_c == 0:
+        tl.store(sums + out_channels * channels + o, total, mask=o < out_channels)
 
 
 def weight_gradient(
