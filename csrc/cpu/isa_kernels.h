@@ -5,6 +5,7 @@
 #include "cpu/gemm.h"
 #include "cpu/tiles.h"
 #include "cpu/gate.h"
+#include "cpu/rows.h"
 #include "cpu/blocks.h"
 #include "cpu/maps.h"
 #include "cpu/operands.h"
